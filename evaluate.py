@@ -1,0 +1,438 @@
+"""Does it understand?  Accuracy with intervals, paired tests, EI-Test, consistency and curves.
+
+    python evaluate.py --model runs/qwen --baseline Qwen2.5-0.5B --data gsm8k probes.test.jsonl
+    python evaluate.py --compare evals/1/outputs.jsonl evals/2/outputs.jsonl     # without a model
+    python evaluate.py --curves runs/seed0 runs/seed1                            # a picture
+
+Every question is asked alone, in one turn, and answered greedily: inference as in the paper. A D_EI
+file (ei.py writes it) gives its questions and, as the EI-Test, the probes that passed Eq. 1.
+
+    load_items   what is asked                  answer   the outputs, stored as they come
+    figures      verdicts, group by group       report   shares, intervals and paired tests of them
+
+What the paper leaves open, and we chose:
+ 1. "Forward and reverse": a question and its reversal probe (R8) are both right.
+ 2. "Counterfactual": the R1 probe is right, and the student's answers to it and to its question
+    differ if and only if the two gold answers do. Probes of another answer type are left out.
+ 3. The probes of one question are no independent trials. The bootstrap draws whole questions;
+    Wilson's interval and McNemar's test do not: for all rules together they are too sure.
+"""
+import collections
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import ei
+import exgrpo
+import reward
+from exgrpo import UserError, at_least
+
+TOY = os.path.join(exgrpo.HERE, "toy")
+
+
+# ---------------------------------------------------------------------------------- what is asked
+
+# An item: its data set, its id, the id of its question, its rule (None: it is the question), ...
+ITEM = {"data": str, "id": str, "source": str, "rule": (str, type(None)), "question": str,
+        "answer": str, "answer_type": str}
+
+
+def load_items(sources, split, limit):
+    """The first `limit` questions of every file or named data set, each followed by its probes."""
+    items = []
+    for source in sources:
+        is_file = source.endswith(".jsonl")
+        data = os.path.basename(source).removesuffix(".jsonl") if is_file else f"{source}.{split}"
+        if is_file and "ei" in next(exgrpo.read_jsonl(source), ("", {}))[1]:
+            rows = exgrpo.read_probes(source)[1][:limit]
+        else:
+            rows = ei.load_questions(source, split)[:limit]
+        if not rows:
+            raise UserError(f"{source}: there is no question in it")
+        for row in rows:
+            items.append(row | {"data": data, "source": row["id"], "rule": None})
+            for probe in row.get("probes", []):
+                if probe["consistent"]:                                                     # Eq. 1
+                    items.append(probe | {
+                        "data": data, "source": row["id"], "question": probe["probe"],
+                        "id": f"{row['id']}/{probe['rule']}"})
+    for key, n in collections.Counter((item["data"], item["id"]) for item in items).items():
+        if n > 1:
+            raise UserError(f"--data: {': '.join(key)} occurs twice, but outputs are paired by the "
+                            "name of their file and by id; rename one")
+    return [{key: item[key] for key in ITEM} for item in items]
+
+
+# ------------------------------------------------------------------------------------ the outputs
+
+OUTPUT = {"output": str, "truncated": bool, "tokens": int, "samples": list}
+
+
+def answer(name, items, args, path):
+    """Asks the model every item -> rows; each is on disk before the next batch is asked."""
+    device = exgrpo.pick_device(args.device)
+    model, chat = exgrpo.load_model(name, device)
+    prompts = [chat.prompt([exgrpo.ask(item["question"], item["answer_type"])]) for item in items]
+    check_lengths(model, items, prompts, args.max_new_tokens)
+    print(f"{name}: {exgrpo.count_parameters(model) / 1e6:.1f} M parameters, fp32 on {device}; "
+          f"{len(items):,} prompts of {sum(map(len, prompts)):,} tokens; a greedy answer and "
+          f"{args.samples} samples to each, at most {args.max_new_tokens} tokens; batches of "
+          f"{args.batch_size}; into {path}", flush=True)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    rows = []
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "x", encoding="utf-8") as file, tqdm(total=len(items), unit="question") as bar:
+        write_line(file, {"evaluate": vars(args) | {"asked": name, "torch": torch.__version__}})
+        for start in range(0, len(items), args.batch_size):
+            batch = slice(start, start + args.batch_size)
+            greedy = exgrpo.generate(model, chat, prompts[batch],
+                                     max_new_tokens=args.max_new_tokens)
+            samples = sample_texts(model, chat, prompts[batch], args, generator)
+            for item, reply, texts in zip(items[batch], greedy, samples):
+                rows.append(grade(item | dict(zip(OUTPUT, (*reply, texts)))))
+                write_line(file, rows[-1])
+            bar.update(len(greedy))
+            bar.set_postfix_str(f"right {mean(rows, 'correct'):.1%}")
+    return rows
+
+
+def check_lengths(model, items, prompts, max_new_tokens):
+    """A prompt and its answer must fit the model's context."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for item, prompt in zip(items, prompts):
+        if len(prompt) + max_new_tokens > limit:
+            raise UserError(f"{item['data']}: the prompt of {item['id']} has {len(prompt)} tokens; "
+                            f"with --max-new-tokens {max_new_tokens} its {limit} are not enough")
+
+
+def sample_texts(model, chat, prompts, args, generator):
+    """--samples replies to each prompt, drawn from the model as it is (temperature 1)."""
+    texts = [[] for _ in prompts]
+    widths = [(len(prompt) + args.max_new_tokens) * args.samples for prompt in prompts]
+    for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
+        replies = exgrpo.sample(model, [prompts[i] for i in batch], temperature=1.0,
+                                max_new_tokens=args.max_new_tokens, stop_ids=chat.stop_ids,
+                                group_size=args.samples, generator=generator).replies
+        for place, ids in enumerate(replies):
+            texts[batch[place // args.samples]].append(chat.decode(ids))
+    return texts
+
+
+def grade(row):
+    """Adds what reward.py reads as the answer (None: it cannot be read), and its verdicts."""
+    gold = row["answer"], row["answer_type"]
+    return row | {"extracted": reward.extract_answer(row["output"], row["answer_type"]),
+                  "correct": reward.is_correct(row["output"], *gold),
+                  "samples_correct": sum(reward.is_correct(text, *gold) for text in row["samples"])}
+
+
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def write_line(file, row):
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def read_outputs(path):
+    """What answer() wrote -> its rows, graded again: the verdicts are today's reward.py's."""
+    lines, rows, seen = exgrpo.read_jsonl(path), [], {}
+    where, first = next(lines, (path, {}))
+    if "evaluate" not in first:
+        raise UserError(f'{where}: evaluate.py did not write this: there is no {{"evaluate": ...}}')
+    for where, row in lines:
+        for key, kind in (ITEM | OUTPUT).items():
+            if not isinstance(row.get(key), kind):
+                raise UserError(f'{where}: "{key}" is not as evaluate.py writes it')
+        key = f"{row['data']}: {row['id']}"
+        exgrpo.check_question(row | {"id": key, "rationale": ""}, where, seen=seen)
+        rows.append(grade(row))
+    if not rows:
+        raise UserError(f"{path}: there is no answer in it")
+    return rows
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+def wilson(right, n, z=1.959964):
+    """Wilson's score interval (95 %) of the share right / n -> (low, high), within [0, 1]."""
+    centre = (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(only_a, only_b):
+    """Exact two-sided McNemar test -> p. If a and b were equally good, then whose question it is,
+    among those that only one of them gets right, would be decided by a fair coin."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def bootstrap(values, clusters, seed=0, draws=10_000):
+    """95 % percentile interval of the mean of values; whole clusters (questions) are drawn."""
+    index = np.unique(clusters, return_inverse=True)[1]
+    sums, sizes = np.bincount(index, values), np.bincount(index)
+    rng = np.random.default_rng(seed)
+    picks = (rng.integers(len(sums), size=len(sums)) for _ in range(draws))
+    means = [sums[pick].sum() / sizes[pick].sum() for pick in picks]
+    return tuple(np.quantile(means, (0.025, 0.975)).tolist())
+
+
+def pass_at_k(n, right, k):
+    """Unbiased estimate of P(one of k samples is right), from n >= k of which `right` are right."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+# ------------------------------------------------------------------------------------- the report
+
+def figures(rows):
+    """The groups of which a share is told -> {name: rows}, each row with its verdict "correct"."""
+    groups, sets = {}, list(dict.fromkeys(row["data"] for row in rows))
+    for data in sets:
+        mine = [row for row in rows if row["data"] == data]
+        probes = [row for row in mine if row["rule"]]
+        groups[data] = [row for row in mine if not row["rule"]]
+        groups[f"{data}, EI-Test"] = probes
+        for rule in sorted({row["rule"] for row in probes}, key=lambda rule: (len(rule), rule)):
+            groups[f"{data}, EI-Test {rule}"] = [row for row in probes if row["rule"] == rule]
+        reverse, counterfactual = consistency(mine)
+        groups[f"{data}, forward and reverse"] = reverse
+        groups[f"{data}, counterfactual"] = counterfactual
+    if len(sets) > 1:
+        groups["all questions"] = [row for row in rows if not row["rule"]]
+    return {name: group for name, group in groups.items() if group}
+
+
+def consistency(rows):
+    """Do the answers fit each other? -> the two groups of choices 1 and 2, one row a question."""
+    questions = {row["source"]: row for row in rows if not row["rule"]}
+    reverse, counterfactual = [], []
+    for probe in rows:
+        question, kind = questions.get(probe["source"]), probe["answer_type"]
+        pair = {"data": probe["data"], "source": probe["source"]}
+        if question and probe["rule"] == "R8":
+            reverse.append(pair | {"correct": question["correct"] and probe["correct"]})
+        if question and probe["rule"] == "R1" and kind == question["answer_type"]:
+            golds_agree = same(question["answer"], probe["answer"], kind)
+            fits = (question["extracted"] is not None and
+                    same(question["extracted"], probe["extracted"], kind) == golds_agree)
+            counterfactual.append(pair | {"correct": probe["correct"] and fits})
+    return reverse, counterfactual
+
+
+def same(a, b, kind):
+    """Do two answers, as read by reward.py, say the same?"""
+    return a == b or b is not None and reward.is_correct(f"The answer is {a}.", b, kind)
+
+
+def report(rows, baseline=None, seed=0):
+    """One result a group: its share and interval and, with a baseline's rows, the difference."""
+    others = figures(same_questions(rows, baseline)) if baseline else {}
+    results = []
+    for name, group in figures(rows).items():
+        n, right = len(group), sum(row["correct"] for row in group)
+        result = {"figure": name, "n": n, "right": right, "accuracy": right / n}
+        result["low"], result["high"] = wilson(right, n)
+        if baseline:
+            result |= paired(group, others[name], seed)
+        if "output" in group[0]:
+            result |= {"unparsed": sum(row["extracted"] is None for row in group) / n,
+                       "truncated": mean(group, "truncated"), "tokens": mean(group, "tokens")}
+            counts = [(len(row["samples"]), row["samples_correct"]) for row in group]
+            for k in (2 ** power for power in range(min(counts)[0].bit_length())):
+                result[f"pass@{k}"] = sum(pass_at_k(*count, k) for count in counts) / n
+        results.append(result)
+    return results
+
+
+def same_questions(rows, baseline):
+    """The baseline's rows in our order; an error if they do not answer the same questions."""
+    ours, theirs = ({(row["data"], row["id"]): row for row in side} for side in (rows, baseline))
+    for key in ours | theirs:
+        if any(ours.get(key, {}).get(name) != theirs.get(key, {}).get(name) for name in ITEM):
+            raise UserError(f"outputs that cannot be paired: {': '.join(key)} is not the same in "
+                            "both; ask both models with the same --data, --split and --limit")
+    return [theirs[key] for key in ours]
+
+
+def paired(group, other, seed):
+    """The same questions, answered by the model (group) and by the baseline (other)."""
+    differences = [int(a["correct"]) - int(b["correct"]) for a, b in zip(group, other)]
+    only_model, only_baseline = differences.count(1), differences.count(-1)
+    low, high = bootstrap(differences, [f"{row['data']}: {row['source']}" for row in group], seed)
+    return {"baseline": mean(other, "correct"), "difference": sum(differences) / len(differences),
+            "difference_low": low, "difference_high": high, "only_model": only_model,
+            "only_baseline": only_baseline, "p": mcnemar(only_model, only_baseline)}
+
+
+COLUMNS = {"": "{figure}", "n": "{n}", "right": "{accuracy:.1%}", "95 %": "{low:.1%} to {high:.1%}",
+           "baseline": "{baseline:.1%}", "difference": "{difference:+.1%}",
+           "95 % of it": "{difference_low:+.1%} to {difference_high:+.1%}", "p": "{p:.2g}",
+           "unparsed": "{unparsed:.1%}", "truncated": "{truncated:.1%}", "tokens": "{tokens:.0f}"}
+
+
+def markdown(results):
+    """The results as a Markdown table, without the columns that no result fills."""
+    forms = COLUMNS | {key: f"{{{key}:.1%}}" for key in results[0] if key.startswith("pass@")}
+
+    def cell(form, result):
+        try:
+            return form.format_map(result)
+        except KeyError:  # consistency has no tokens, a model alone no difference
+            return ""
+
+    columns = [[title, *(cell(form, result) for result in results)]
+               for title, form in forms.items()]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [" | ".join(map(str.ljust, line, widths)) for line in zip(*columns)]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write_report(results, out):
+    """OUT/results.json and OUT/results.md, and the table on the screen."""
+    text = (f"{markdown(results)}\n\n95 %: Wilson's interval, of a difference the bootstrap over "
+            "questions; p: exact McNemar test; unparsed: no readable answer.\n")
+    os.makedirs(out, exist_ok=True)
+    for name, content in (("results.json", json.dumps(results, indent=1)), ("results.md", text)):
+        with open(os.path.join(out, name), "x", encoding="utf-8") as file:
+            file.write(content)
+    print(f"\n{text}\nresults in {out}")
+
+
+# ----------------------------------------------------------------------------------------- curves
+
+PANELS = {"reward": ["reward"], "accuracy: full, partial (dashed)": ["acc_full", "acc_partial"],
+          "share of questions paid the bonus": ["bonus_share"], "KL to pi_ref, nats": ["kl"],
+          "tokens a reply": ["reply_tokens"],
+          "advantage of correct partial dialogues": ["adv_partial_correct"]}
+
+
+def read_metrics(run):
+    """RUN/metrics.csv, which exgrpo.py writes -> a numpy table, a row a step; no value is nan."""
+    path = os.path.join(run, "metrics.csv")
+    try:
+        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); --curves wants --out folders of exgrpo.py")
+    for name in ["step", *itertools.chain(*PANELS.values())]:
+        if name not in (table.dtype.names or ()):
+            raise UserError(f"{path}:1: no column {name}; this version of exgrpo.py writes one")
+    if not len(table):
+        raise UserError(f"{path}: there is no step in it yet")
+    return table
+
+
+def seeds_together(runs):
+    """Runs whose settings (run.json) differ in the seed alone -> {label: their tables}."""
+    groups = {}
+    for run in runs:
+        try:
+            with open(os.path.join(run, "run.json"), encoding="utf-8") as file:
+                settings = json.dumps(json.load(file) | {"seed": None}, sort_keys=True)
+        except (OSError, ValueError, TypeError):
+            settings = run  # unknown: it stands alone
+        groups.setdefault(settings, []).append(run)
+    return {os.path.basename(os.path.abspath(group[0])) + f", n = {len(group)}":
+            [read_metrics(run) for run in group] for group in groups.values()}
+
+
+def band(tables, name):
+    """A column of several seeds -> (steps, mean, lowest, highest), over the steps all of them have.
+    Each seed is a running mean over 1/25 of the steps, which passes over missing values."""
+    n = min(map(len, tables))
+    window = np.ones(max(1, n // 25))
+    values = np.stack([table[name][:n] for table in tables])                        # (seeds, steps)
+    seen = np.isfinite(values)
+    slide = lambda rows: np.stack([np.convolve(row, window, "valid") for row in rows])
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a window is empty: a gap in the curve
+        smooth = slide(np.where(seen, values, 0.0)) / slide(seen)
+    return tables[0]["step"][len(window) - 1:n], smooth.mean(0), smooth.min(0), smooth.max(0)
+
+
+def draw_curves(runs, path):
+    """A PNG of six panels: a line for each setting, its seeds' mean, in the band of their range."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--curves needs matplotlib, which is not installed: pip install matplotlib")
+    groups = seeds_together(runs)
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        for number, (label, tables) in enumerate(groups.items()):
+            for name, style in zip(names, ("-", "--")):
+                steps, middle, low, high = band(tables, name)
+                axes.plot(steps, middle, style, color=f"C{number}", label=label)
+                axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+        axes.set(title=title, xlabel="step")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"curves in {path}")
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def parse_args(argv=None):
+    parser = exgrpo.Parser("Accuracy, paired tests, EI-Test and consistency of a model; curves.")
+    add = parser.add_argument_group("what to ask whom").add_argument
+    add("--model", default=os.path.join(TOY, "student"), help="local folder or Hub name")
+    add("--baseline", help="a second model, asked the same and compared question by question")
+    add("--data", nargs="+", default=[os.path.join(TOY, "test.jsonl")], metavar="D",
+        help="question or D_EI files (.jsonl), or names of data sets")
+    add("--split", default="test", help="split of the data sets that are given by name")
+    add("--limit", type=at_least(1), help="questions of each, from its start; None: all")
+    add("--samples", type=at_least(0), default=0, help="sampled replies a question, for pass@k")
+    add("--max-new-tokens", type=at_least(1), default=256, help="longest answer, tokens")
+    add("--batch-size", type=at_least(1), default=32, help="questions asked, and stored, together")
+    add("--out", help="folder of outputs.jsonl, baseline.jsonl, results.json, results.md and "
+                      "curves.png; new or empty. None: the first free evals/N")
+    add("--seed", type=at_least(0), default=0, help="of the samples and of the bootstrap")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add = parser.add_argument_group("without a model").add_argument
+    add("--compare", nargs=2, metavar=("A", "B"), help="outputs.jsonl of two calls: A against B")
+    add("--curves", nargs="+", metavar="RUN", help="picture of the training in these folders; runs "
+                                                   "that differ in their seed alone become a band")
+    return parser.parse_args(argv)
+
+
+def free_folder(out):
+    """--out, or the first free evals/N. Nothing is overwritten: a folder in use is refused."""
+    out = out or next(f"evals/{n}" for n in itertools.count(1) if not os.path.exists(f"evals/{n}"))
+    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise UserError(f"{out} exists already, and nothing is overwritten; name another --out")
+    return out
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.out = free_folder(args.out)
+    if args.curves:
+        return draw_curves(args.curves, os.path.join(args.out, "curves.png"))
+    if args.compare:
+        rows, baseline = map(read_outputs, args.compare)
+        return write_report(report(rows, baseline, args.seed), args.out)
+    for path in (args.model, *args.data):
+        if path.startswith(TOY) and not os.path.exists(path):
+            raise UserError(f"{path} is missing; name a model and data with --model and --data")
+    items = load_items(args.data, args.split, args.limit)
+    outputs = os.path.join(args.out, "outputs.jsonl")
+    rows = answer(args.model, items, args, outputs)
+    baseline = None
+    if args.baseline:
+        baseline = answer(args.baseline, items, args, os.path.join(args.out, "baseline.jsonl"))
+    write_report(report(rows, baseline, args.seed), args.out)
+    print(f"every output in {outputs}\n"
+          f"next: python evaluate.py --compare {outputs} OTHER/outputs.jsonl")
+
+
+if __name__ == "__main__":
+    exgrpo.run(main)

@@ -1,0 +1,1267 @@
+"""ExGRPO, stages 2 and 3: SFT warm-up on explanatory probes, then reinforcement in dialogues.
+
+    python exgrpo.py --student Qwen2.5-0.5B --probes probes.jsonl --out runs/qwen
+
+It reads D_EI (what ei.py wrote) and follows "Probing to Refine: Reinforcement Distillation of LLMs
+via Explanatory Inversion" (ICLR 2026, arXiv 2603.19266):
+
+    stage 2   warm_up     SFT on every probe and question; OUT/sft, its result, is pi_ref     Eq. 3
+    stage 3   reinforce   step by step: sample dialogues (rollout), pay them (pay),       Eqs. 4-6
+                          update the policy (policy_loss and the auxiliary SFT loss)      Eqs. 7-8
+
+Letters in shape comments: B sequences, T tokens, S cache slots, V vocabulary, D hidden size,
+H heads, Q questions of a step, G dialogues of a group, N trained tokens.
+
+Where the paper is silent or ambiguous, we chose:
+ 1. A partial dialogue is forked from the full one; --partial independent is the paper's wording.
+    The cut k' is uniform on 0..k-1, drawn once a question.
+ 2. What a group is: --advantage added, separate or pooled, see dialogue_advantages.
+ 3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
+ 4. Eq. 7 is averaged over all trained tokens of the step, one divisor counted before the first
+    micro-batch, so that a token's weight depends on nothing else. KL is k3, per token.
+ 5. A dialogue of advantage 0 (its group's outcomes are all equal) is not forwarded: it adds nothing
+    to the objective, and its KL term is left out too.
+ 6. Eq. 8 trains the teacher's reply at every probe turn of a teacher-forced dialogue, and not the
+    final turn.
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+import reward
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+LOGITS_HELD = 2 ** 27  # floats, half a GiB: more logits than these are formed chunk by chunk
+MAX_GRAD_NORM = 1.0
+STOP = threading.Event()  # set by Ctrl-C and SIGTERM: the step is finished and saved, then we leave
+
+
+# --------------------------------------------------------- the user's files and the user's mistakes
+
+class UserError(Exception):
+    """Something that the user can mend: run() prints it in one line and exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, as everywhere else, and defaults in --help."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains every flag)")
+
+    def format_help(self):
+        return super().format_help().replace(" (default: None)", "").replace(" (default: False)", "")
+
+
+def at_least(low, kind=int, above=False):
+    """An argparse type: a number that is >= low, or > low if `above`."""
+    def number(text):
+        value = kind(text)
+        if not (value > low if above else value >= low) or value == float("inf"):
+            relation = "above" if above else "at least"
+            raise argparse.ArgumentTypeError(f"{text} is not {relation} {low}")
+        return value
+    return number
+
+
+def run(main):
+    """Runs main(). A user's mistake ends in one line and exit code 2, an interruption in 130."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        code = main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except OSError as error:  # no space left, no permission, ...: the system's own words
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted. {interrupt}", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def read_jsonl(path):
+    """Yields (where, object) for every line; where is "file.jsonl:12", for messages to the user."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
+                except ValueError as error:  # bad UTF-8 is one, too
+                    raise UserError(f"{where}: not JSON ({error}); mend or delete this line")
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: a JSON object is expected, not {type(row).__name__}")
+                yield where, row
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+
+
+def check_question(row, where, keys=("id", "question", "answer"), seen=None):
+    """Returns row if it is a question (with other keys, a probe); else says what it lacks, where.
+
+    seen: a dict that remembers where each id stood, so that a second one is refused.
+    """
+    for key in (*keys, "answer_type", "rationale"):
+        if not isinstance(row.get(key), str):
+            raise UserError(f'{where}: "{key}" is missing or is not a string')
+    for key in keys:
+        if not row[key].strip():
+            raise UserError(f'{where}: "{key}" is empty')
+    if row["answer_type"] not in reward.INSTRUCTION:
+        raise UserError(f'{where}: unknown answer_type "{row["answer_type"]}"; '
+                        f"it is one of {', '.join(reward.INSTRUCTION)}")
+    if seen is not None and seen.setdefault(row["id"], where) != where:
+        raise UserError(f'{where}: the id "{row["id"]}" stands at {seen[row["id"]]} already')
+    return row
+
+
+def read_probes(path):
+    """A D_EI file -> (header, rows). See README.md for its format; every line is checked."""
+    lines, seen = read_jsonl(path), {}
+    where, first = next(lines, (path, {}))
+    if not isinstance(first.get("ei"), dict):
+        raise UserError(f'{where}: no D_EI file: its first line is no {{"ei": ...}} header. '
+                        "python ei.py writes such files")
+    rows = []
+    for where, row in lines:
+        check_question(row, where, seen=seen)
+        if not isinstance(row.get("kept"), bool) or not isinstance(row.get("probes"), list):
+            raise UserError(f'{where}: "kept" (true or false) or "probes" (a list) is missing')
+        for probe in row["probes"]:
+            if not isinstance(probe, dict) or not isinstance(probe.get("consistent"), bool):
+                raise UserError(f'{where}: a probe is no object with "consistent" true or false')
+            check_question(probe, where, keys=("rule", "probe", "answer"))
+        rows.append(row)
+    return first["ei"], rows
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file that appears under its name complete, or not at all."""
+    partial = f"{path}.tmp"
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# -------------------------------------------------------------------------------------------- model
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there; any other name as it is."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA GPU; use --device auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no usable Apple GPU; use --device auto")
+    return torch.device(name)
+
+
+HUB_OWNERS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "gemma": "google", "llama": "meta-llama",
+              "mistral": "mistralai", "phi": "microsoft"}
+
+
+def resolve_model(name):
+    """"Qwen2.5-0.5B" -> "Qwen/Qwen2.5-0.5B"; local folders and full Hub ids as they are."""
+    if os.path.isdir(name) or "/" in name:
+        return name
+    owner = next((o for prefix, o in HUB_OWNERS.items() if name.lower().startswith(prefix)), None)
+    return f"{owner}/{name}" if owner else name
+
+
+def load_model(name, device):
+    """A Hub id or local folder -> (model in fp32, without dropout, in eval mode; its Chat)."""
+    path = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+    except Exception as error:  # of many kinds: OSError, ValueError, ImportError, httpx errors, ...
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if os.path.isdir(path):
+            raise UserError(f"the folder {path} holds no model that can be loaded ({reason})")
+        raise UserError(f"the model {path} is no local folder and could not be fetched from the "
+                        f"Hugging Face Hub: is the name right, and is there a network? ({reason}) "
+                        "Without a network, give the path of a local folder instead")
+    for parameter in model.parameters():  # out of the memory-mapped file: aligned, so reproducible
+        parameter.data = parameter.data.clone()
+    disable_dropout(model)
+    model = model.to(device).eval()
+    chat = Chat(tokenizer, model)
+    check_model(model)
+    return model, chat
+
+
+def disable_dropout(model):
+    """p = 0 everywhere: under dropout, pi_theta would not be the policy that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def check_model(model):
+    """Our cache and loss head must give the model's own logits; else the model is refused."""
+    ids = torch.arange(2, 14) % model.get_input_embeddings().num_embeddings
+    own = model(ids[None].to(model.device)).logits[0, -1].float()
+    try:
+        cache = KVCache(2, model.device)
+        extend(model, cache, [ids[:8].tolist(), ids[:5].tolist()])
+        ours = extend(model, cache, [ids[8:].tolist(), ids[5:].tolist()])  # (2, V)
+        worst = (ours - own).abs().max().item()
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        worst = error
+    if not isinstance(worst, float) or worst > 1e-2:
+        raise UserError(f"the sampler does not reproduce {type(model).__name__} (logits differ: "
+                        f"{worst}); use a Llama-like or GPT-2-like model")
+
+
+def context_size(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def head(model, hidden):
+    """Hidden states (N, D) -> logits (N, V) in fp32."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trainable low-rank one: y = W x + alpha / rank * B A x."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D: transposed
+        self.base, self.scale, self.enabled = base, alpha / rank, True
+        self.A = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.A, a=5 ** 0.5)
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.enabled else y
+
+    def merged(self):
+        delta = self.scale * self.B @ self.A
+        self.base.weight.data += delta if isinstance(self.base, nn.Linear) else delta.T
+        return self.base
+
+
+def add_lora(model, rank, alpha):
+    """Freezes the model and wraps every linear layer below the loss head."""
+    model.requires_grad_(False)
+    for module in list(model.base_model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, (nn.Linear, Conv1D)) and not isinstance(module, LoRA):
+                setattr(module, name, LoRA(child, rank, alpha))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Adds every B A to its W and puts the plain layer back."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoRA):
+                setattr(module, name, child.merged())
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Under LoRA, pi_ref is the policy with its adapters off: no second copy in memory."""
+    layers = [module for module in model.modules() if isinstance(module, LoRA)]
+    for layer in layers:
+        layer.enabled = False
+    yield model
+    for layer in layers:
+        layer.enabled = True
+
+
+# --------------------------------------------------------------------------- dialogues as token ids
+
+def ask(question, answer_type):
+    """The user's turn: the question and the sentence that says how to answer."""
+    return f"{question}\n{reward.INSTRUCTION[answer_type]}"
+
+
+def teacher_reply(row):
+    """The teacher's full response: its reasoning, then the answer in the form that is graded."""
+    return f"{row['rationale'].strip()} The answer is {row['answer'].strip()}.".strip()
+
+
+class Chat:
+    """Turns <-> token ids. A dialogue only ever grows: nothing that was sampled is encoded again.
+
+    first(user) opens a dialogue, later(user) continues it behind the end token of a reply, both up
+    to where the next reply begins. A model without chat template gets "Question: ... Answer:".
+    """
+
+    def __init__(self, tokenizer, model):
+        self.tokenizer = tokenizer
+        ends = model.generation_config.eos_token_id  # one id, a list or None
+        ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        self.plain = tokenizer.chat_template is None
+        self.end_id = tokenizer.eos_token_id if self.plain else self._end_of_turn(ends - {None})
+        if self.end_id is None:
+            raise UserError(f"the tokenizer of {model.name_or_path} has no end token (eos_token), "
+                            "so no reply could stop; add one to its tokenizer_config.json")
+        self.stop_ids = sorted(ends - {None} | {self.end_id})
+
+    def _render(self, *turns, reply_next):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return list(self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False))
+
+    def _end_of_turn(self, ends):
+        """The special token that the template puts behind a reply: not eos in a Qwen base model."""
+        special = ends | set(self.tokenizer.all_special_ids)
+        closed = self._render("x", "y", reply_next=False)
+        opened = self._render("x", reply_next=True)
+        return next((i for i in reversed(closed[len(opened):]) if i in special), None)
+
+    def _clean(self, text):
+        """Special tokens inside a question or a teacher's text would open or close turns."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def first(self, user):
+        user = self._clean(user)
+        if not self.plain:
+            return self._render(user, reply_next=True)
+        bos = self.tokenizer.bos_token_id
+        opens = self.tokenizer("x").input_ids[0] == bos is not None
+        return [bos] * opens + self.encode(f"Question: {user}\nAnswer:")
+
+    def later(self, user):
+        """What follows the end token of a reply: two renderings' difference, prefix asserted."""
+        user = self._clean(user)
+        if self.plain:
+            return self.encode(f"\n\nQuestion: {user}\nAnswer:")
+        closed = self._render("x", "y", reply_next=False)
+        prefix = closed[:len(closed) - closed[::-1].index(self.end_id)]
+        longer = self._render("x", "y", user, reply_next=True)
+        if longer[:len(prefix)] != prefix:
+            raise UserError("the chat template rewrites earlier turns, so a dialogue cannot grow "
+                            "token by token; give the tokenizer a template that only appends")
+        return longer[len(prefix):]
+
+    def reply(self, text):
+        """A teacher's reply as ids, with the end token."""
+        return self.encode(self._clean(f" {text}" if self.plain else text)) + [self.end_id]
+
+    def prompt(self, turns):
+        """[user, reply, user, ...] of odd length -> ids up to where the next reply begins."""
+        ids = self.first(turns[0])
+        for reply, user in zip(turns[1::2], turns[2::2]):
+            ids += self.reply(reply) + self.later(user)
+        return ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclass
+class Dialogue:
+    """Token ids and a parallel mask (1 = a reply's token, which is trained), turn by turn."""
+    ids: list = field(default_factory=list)
+    mask: list = field(default_factory=list)
+    logps: list = field(default_factory=list)      # of the tokens with mask 1, from the sampler
+    replies: list = field(default_factory=list)    # ids of each reply
+    ends: list = field(default_factory=list)       # len(ids) behind each reply and its end token
+    truncated: list = field(default_factory=list)  # whether each reply hit the token limit
+
+    def add_user(self, ids):
+        self.ids += ids
+        self.mask += [0] * len(ids)
+
+    def add_reply(self, ids, chat, logps=()):
+        """A truncated reply is closed by an end token that the student did not choose: mask 0."""
+        cut = ids[-1] not in chat.stop_ids
+        self.ids += ids + [chat.end_id] * cut
+        self.mask += [1] * len(ids) + [0] * cut
+        self.logps += logps
+        self.replies.append(ids)
+        self.ends.append(len(self.ids))
+        self.truncated.append(cut)
+
+    def fork(self, n_turns):
+        """A copy of the first n_turns turns."""
+        end = self.ends[n_turns - 1] if n_turns else 0
+        mask = self.mask[:end]
+        return Dialogue(self.ids[:end], mask, self.logps[:sum(mask)], self.replies[:n_turns],
+                        self.ends[:n_turns], self.truncated[:n_turns])
+
+
+# ------------------------------------------------------------------------- the hand-written sampler
+
+class KVCache:
+    """Keys and values of B growing dialogues. Slot = position: token t of a row lies in its slot t.
+
+    So a row needs no padding inside, what it may see is `slot <= position`, and to cut it back (a
+    fork) is to lower its length: the slots behind are invisible until they are overwritten.
+    """
+
+    def __init__(self, n_rows, device):
+        self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
+        self.layers = []             # [keys, values] of each layer, (B, H, S, D)
+        self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
+        self.positions = self.n_slots = None               # its positions (b, T), slots in use
+
+    def get_seq_length(self, layer_idx=0):
+        return max(self.lengths)
+
+    def update(self, keys, values, layer_idx, *_, **__):
+        """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
+        if layer_idx == len(self.layers):
+            self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
+                                for x in (values, values)])
+        for i, new in enumerate((keys.to(values.dtype), values)):
+            store = self.layers[layer_idx][i]
+            if store.shape[2] < self.n_slots:  # room in steps of 128 slots: seldom copied
+                store = F.pad(store, (0, 0, 0, -(-self.n_slots // 128) * 128 - store.shape[2]))
+                self.layers[layer_idx][i] = store
+            store[self.active[:, None], :, self.positions] = new.transpose(1, 2)
+        stores = [store[:, :, :self.n_slots] for store in self.layers[layer_idx]]
+        whole = len(self.active) == len(self.lengths)
+        return stores if whole else [store[self.active] for store in stores]
+
+    def repeat(self, group_size):
+        """Each row becomes group_size equal rows: the prompt of a group is read once."""
+        self.lengths = [n for n in self.lengths for _ in range(group_size)]
+        self.layers = [[store.repeat_interleave(group_size, dim=0) for store in layer]
+                       for layer in self.layers]
+        self.active = torch.arange(len(self.lengths), device=self.active.device)
+
+
+def visible(config, positions, n_slots):
+    """Which slots each query sees, (B, 1, T, S), True = seen; a dict of two for mixed attention."""
+    slots = torch.arange(n_slots, device=positions.device)
+    causal = (slots <= positions[..., None])[:, None]
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return causal
+    sliding = causal & (slots > positions[..., None] - window)[:, None]
+    return {"full_attention": causal, "sliding_attention": sliding} if kinds else sliding
+
+
+def forward_cached(model, cache, ids, positions, n_slots):
+    """ids and positions (b, T) of the active rows -> hidden states (b, T, D); the cache grows."""
+    cache.positions, cache.n_slots = positions, n_slots
+    mask = visible(model.config.get_text_config(), positions, n_slots)
+    return model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
+                            past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def extend(model, cache, chunks):
+    """Reads the next ids of each active row (b lists, none empty) -> logits behind them, (b, V)."""
+    rows, counts = cache.active.tolist(), [len(chunk) for chunk in chunks]
+    ids, _ = pad_rows(chunks, chunks, model.device)                                 # (b, T)
+    start = torch.tensor([cache.lengths[row] for row in rows], device=model.device)[:, None]
+    positions = start + torch.arange(ids.shape[1], device=model.device)
+    limit = context_size(model)  # padding must not run out of a table of learned positions
+    n_slots = min(max(cache.lengths[row] for row in rows) + ids.shape[1], limit)
+    hidden = forward_cached(model, cache, ids, positions.clamp(max=limit - 1), n_slots)
+    for row, count in zip(rows, counts):
+        cache.lengths[row] += count
+    last = torch.tensor(counts, device=model.device) - 1
+    return head(model, hidden[torch.arange(len(chunks), device=model.device), last])
+
+
+def draw(logits, temperature, u):
+    """One token a row from softmax(logits / temperature) over the whole vocabulary, by inverse CDF.
+
+    logits (B, V); u (B,) uniform on [0, 1); temperature 0 is greedy. Returns tokens (B,) and their
+    log-probs (B,), formed as token_logprobs forms them. The sums run in u's double precision: in
+    fp32, those of 262k terms lose the tail.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(u)
+    logits = logits / temperature
+    normaliser = logits.logsumexp(-1)
+    cdf = (logits - normaliser[:, None]).exp().to(u.dtype).cumsum(-1)               # (B, V)
+    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)
+    tokens = tokens.clamp(max=logits.shape[1] - 1)
+    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
+
+
+class Sampled(NamedTuple):
+    replies: list  # B lists of ids, each up to and with its stop token
+    logps: list    # B lists of floats
+    cache: KVCache
+
+
+@torch.no_grad()
+def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=1, generator=None,
+           cache=None, rows=None):
+    """Samples group_size replies to each prompt (lists of ids) from softmax(logits / temperature).
+
+    Without a cache each prompt is read once and its keys and values are copied to its group:
+    B = Q * G rows, group by group. With the cache of an earlier call, prompts are the whole
+    dialogues of its `rows` (default: all), of which only what the cache does not hold is read.
+    Prompts may contain stop_ids: a reply ends with the first one that was sampled.
+    """
+    device = model.device
+    if cache is None:
+        cache = KVCache(len(prompts), device)
+        logits = extend(model, cache, prompts).repeat_interleave(group_size, dim=0)  # (B, V)
+        cache.repeat(group_size)
+        prompts = [prompt for prompt in prompts for _ in range(group_size)]
+        rows = range(len(prompts))
+    else:
+        rows = range(len(cache.lengths)) if rows is None else rows
+        cache.active = torch.tensor(list(rows), device=device)
+        logits = extend(model, cache, [ids[cache.lengths[row]:] for row, ids in zip(rows, prompts)])
+    B, where = len(prompts), cache.active                    # where: each reply's row in the cache
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest, stop = max(map(len, prompts)), torch.tensor(stop_ids, device=device)
+
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(B, max_new_tokens, device=device)
+    counts = torch.zeros(B, dtype=torch.long, device=device)  # tokens of each reply
+    going = torch.ones(B, dtype=torch.bool, device=device)
+    live = torch.arange(B, device=device)                    # the replies still in the batch
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    for t in range(max_new_tokens):
+        # A number for every row, finished or not: a row's luck depends on no other row's length.
+        u = torch.rand(B, generator=generator, device=device, dtype=precise)
+        token, logp = draw(logits, temperature, u[live])     # (b,), (b,)
+        tokens[live, t], logps[live, t] = token, logp.to(logps.dtype)
+        counts[live] += going[live]
+        going[live] &= ~torch.isin(token, stop)
+        if t + 1 == max_new_tokens:
+            break
+        if device.type == "cpu" or t % 8 == 7:  # to ask a GPU is to wait for it: only now and then
+            left = going[live].nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            if len(left) < len(live):  # finished rows leave the batch
+                live, token = live[left], token[left]
+                cache.active = where[live]
+        hidden = forward_cached(model, cache, token[:, None], (lengths[live] + t)[:, None],
+                                n_slots=longest + t + 1)
+        logits = head(model, hidden[:, -1])                  # (b, V)
+
+    counts, tokens, logps = counts.tolist(), tokens.tolist(), logps.tolist()
+    for i, row in enumerate(rows):  # the last token of a reply was sampled but never read
+        cache.lengths[row] = len(prompts[i]) + counts[i] - 1
+    return Sampled([ids[:n] for ids, n in zip(tokens, counts)],
+                   [values[:n] for values, n in zip(logps, counts)], cache)
+
+
+def generate(model, chat, prompts, *, max_new_tokens, token_budget=16384):
+    """Greedy replies to prompts (lists of ids) -> [(text, truncated, tokens)], in their order.
+
+    Prompts of similar length share a batch of at most token_budget tokens, replies included.
+    """
+    outputs = [None] * len(prompts)
+    for batch in micro_batches([len(p) + max_new_tokens for p in prompts], token_budget):
+        replies = sample(model, [prompts[i] for i in batch], max_new_tokens=max_new_tokens,
+                         temperature=0, stop_ids=chat.stop_ids).replies
+        for i, ids in zip(batch, replies):
+            outputs[i] = (chat.decode(ids), ids[-1] not in chat.stop_ids, len(ids))
+    return outputs
+
+
+# ----------------------------------------------------------------- log-probs, advantages and losses
+
+def micro_batches(lengths, budget):
+    """Indices of the rows, longest first, in batches whose padded size is at most `budget` tokens.
+
+    A row longer than the budget stands alone. micro_batches([5, 9, 4], 10) == [[1], [0, 2]].
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def pad_rows(rows, masks, device):
+    """Right-pads B lists: ids and mask, both (B, T). The mask comes from lengths, never from ids:
+    pad may equal eos. A row's padding lies behind it, where causal attention never looks."""
+    T = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+    mask = torch.tensor([list(m) + [0] * (T - len(m)) for m in masks], device=device)
+    return ids, mask
+
+
+def _head_logps(model, hidden, targets, temperature):
+    """hidden (N, D), targets (N,) -> log-probs (N,), as gather - logsumexp in fp32."""
+    logits = head(model, hidden) / temperature                                      # (N, V)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+
+def token_logprobs(model, ids, mask, temperature=1.0):
+    """log pi(ids[:, t] | ids[:, :t]) under softmax(logits / temperature) where mask is 1, else 0.
+
+    ids, mask (B, T), right-padded -> (B, T-1): column t speaks of token t+1, since the logits at
+    position t predict the token behind it. ids [[7, 8, 9]] with mask [[0, 0, 1]] give
+    [[0, log p(9 | 7, 8)]]. Logits exist at masked positions only; with a large vocabulary they are
+    formed chunk by chunk, and again in the backward pass: at most LOGITS_HELD exist at a time.
+    """
+    keep = mask[:, 1:].bool()
+    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    hidden, targets = hidden[keep], ids[:, 1:][keep]                                # (N, D), (N,)
+    chunk = max(1, LOGITS_HELD // model.get_output_embeddings().weight.shape[0])
+    if len(targets) <= chunk:
+        logps = _head_logps(model, hidden, targets, temperature)
+    else:
+        logps = torch.cat([checkpoint(_head_logps, model, h, y, temperature, use_reentrant=False)
+                           for h, y in zip(hidden.split(chunk), targets.split(chunk))])
+    return torch.zeros(keep.shape, device=ids.device).masked_scatter(keep, logps)
+
+
+def group_advantages(rewards):
+    """(reward - mean) / (std + 1e-4) within each group: (groups, members) -> same shape.
+
+    Unbiased std and epsilon are those of GRPO in TRL. Equal rewards give exactly 0: in floating
+    point their std is not 0, and a smaller epsilon would make an advantage of its rounding error.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError("a group of one has no deviation")
+    wide = rewards.to(torch.float64 if rewards.device.type != "mps" else torch.float32)
+    advantages = (wide - wide.mean(1, keepdim=True)) / (wide.std(1, keepdim=True) + 1e-4)
+    equal = wide.amax(1, keepdim=True) == wide.amin(1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).to(rewards.dtype)
+
+
+def dialogue_advantages(full, partial, bonus, variant):
+    """Outcomes full, partial (Q, G) and the bonus of each question (Q,) -> advantages, (Q, G) each.
+
+    separate   each scenario by its own mean and deviation: the bonus scales {0, 1} to
+               {0, 1 + delta}, and the normalisation divides it out again. It cancels.
+    pooled     the 2G dialogues of a question share mean and deviation: the bonus acts, but it can
+               push correct partial dialogues below the mean.
+    added      each scenario normalised on its outcome, then the bonus added to the advantage of
+               correct full dialogues. Nothing correct is ever pushed down.
+    """
+    total = full + bonus[:, None] * full                                            # Eq. 6
+    if variant == "added":
+        return group_advantages(full) + bonus[:, None] * full, group_advantages(partial)
+    if variant == "separate":
+        return group_advantages(total), group_advantages(partial)
+    return group_advantages(torch.cat([total, partial], dim=1)).chunk(2, dim=1)
+
+
+def policy_loss(logps, old_logps, ref_logps, advantages, mask, *, epsilon, beta, n_tokens=None):
+    """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
+
+    logps, old_logps, ref_logps, mask (B, T); advantages (B,). n_tokens is the divisor: the trained
+    tokens of the whole step where this is one of its micro-batches, else those of the mask. Returns
+    the loss and detached stats (kl, clip_share) over the same divisor: micro-batches add up.
+    """
+    mask = mask.bool()
+    n_tokens = mask.sum() if n_tokens is None else n_tokens
+    U = advantages[:, None]
+    # At the first update on fresh samples rho is 1, yet its gradient is that of log pi: REINFORCE.
+    rho = torch.exp(logps - old_logps)                                              # per token
+    clipped = torch.clamp(rho, 1 - epsilon, 1 + epsilon)
+    objective = torch.minimum(rho * U, clipped * U)
+    # k3: unbiased as a value, never negative. Its gradient is that of KL(pi_ref || pi_theta), not
+    # of KL(pi_theta || pi_ref); GRPO uses it so. The clamp keeps exp finite if the policy has fled.
+    gap = (ref_logps - logps).clamp(max=20.0)
+    kl = torch.exp(gap) - gap - 1
+    loss = -torch.where(mask, objective - beta * kl, 0.0).sum() / n_tokens          # Eq. 7
+    clip = torch.where(U > 0, rho > 1 + epsilon, rho < 1 - epsilon) & (U != 0)
+    stats = {"kl": torch.where(mask, kl, 0.0).sum() / n_tokens,
+             "clip_share": (clip & mask).sum() / n_tokens}
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+# ----------------------------------------------------------------- checkpoints and the run's folder
+
+def step_order(n, per_step, seed, step, limit=sys.maxsize):
+    """Which of n items step `step` uses, epoch after epoch, each in a new order, nothing dropped.
+    A function of (seed, step) alone: a resumed run needs no saved position."""
+    places = range(step * per_step, min((step + 1) * per_step, limit))
+    return [int(_permutation(n, seed, place // n)[place % n]) for place in places]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # written by each stage
+
+
+def save_checkpoint(args, stage, step, model, optimizer):
+    """Weights, optimizer, step, sizes of the logs. The old one stays until the new one is whole."""
+    logs = [os.path.join(args.out, name) for name in LOGS[stage]]
+    state = {"stage": stage, "step": step, "log_sizes": [os.path.getsize(log) for log in logs],
+             "weights": {name: p.data for name, p in trainable(model).items()},
+             "optimizer": optimizer.state_dict()}
+    try:
+        with atomic(os.path.join(args.out, "checkpoint.pt")) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's own word for a failed write
+        raise UserError(f"cannot write the checkpoint in {args.out} (is the disk full? {error}); "
+                        "the previous one is intact: make room and go on with --resume")
+
+
+def load_checkpoint(args, stage, model, optimizer):
+    """Puts the state of this stage back and returns its step, or 0. What its logs hold beyond that
+    step will be written again, so it is cut off."""
+    path = os.path.join(args.out, "checkpoint.pt")
+    state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else {}
+    if state.get("stage") != stage:
+        state = {"step": 0, "log_sizes": [0] * len(LOGS[stage])}
+    for name, size in zip(LOGS[stage], state["log_sizes"]):
+        with open(os.path.join(args.out, name), "ab") as log:
+            log.truncate(size)
+    if state["step"]:
+        with torch.no_grad():
+            for name, parameter in trainable(model).items():
+                parameter.copy_(state["weights"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_model(model, chat, folder):
+    """A plain Hugging Face folder: written beside, then moved in file by file, config.json last."""
+    staging = f"{folder.rstrip('/')}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    merge_lora(model)
+    model.save_pretrained(staging)
+    chat.tokenizer.save_pretrained(staging)
+    os.makedirs(folder, exist_ok=True)
+    for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
+        os.replace(os.path.join(staging, name), os.path.join(folder, name))
+    os.rmdir(staging)
+
+
+def append_csv(path, row):
+    """Appends one row, below a line of names if the file is empty; flushed when we return."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
+                         for key, value in row.items()})
+
+
+FREE = ("resume", "steps", "save_every", "device", "out")  # flags that a resumed run may change
+
+
+def open_run(args):
+    """Makes the run's folder and run.json; or, with --resume, checks that it is the same run's."""
+    path = os.path.join(args.out, "run.json")
+    with open(args.probes, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    mine = {name: value for name, value in vars(args).items() if name not in FREE}
+    mine["probes_sha256"] = digest
+    if args.resume:
+        if not os.path.exists(path):
+            raise UserError(f"--resume: {args.out} holds no run (no run.json); leave --resume out")
+        with open(path) as file:
+            theirs = json.load(file)
+        differing = [name for name in mine if mine[name] != theirs.get(name)]
+        if differing:
+            name = differing[0]
+            raise UserError(f"--resume: the run in {args.out} was started with {name} = "
+                            f"{theirs.get(name)!r}, not {mine[name]!r}; name that or a new --out")
+    elif os.path.isdir(args.out) and os.listdir(args.out):
+        raise UserError(f"{args.out} is not empty: --resume goes on with its run, a new --out "
+                        "starts another")
+    else:
+        os.makedirs(args.out, exist_ok=True)
+        with atomic(path) as file:
+            file.write(json.dumps(mine, indent=1).encode())
+
+
+def leave_if_stopped(args, stage, step):
+    if STOP.is_set():
+        raise KeyboardInterrupt(f"Saved after step {step} of {stage}: go on with --resume")
+
+
+# ------------------------------------------------------------------------- stage 2: the SFT warm-up
+
+def prepare(args, source, device):
+    """The model that a stage trains, with fresh adapters if asked for, and its Chat."""
+    model, chat = load_model(source, device)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)  # the adapters' start
+        add_lora(model, args.lora_rank, args.lora_alpha)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model, chat
+
+
+def single_turn(chat, user, reply):
+    """A dialogue of one teacher-forced turn: prompt ids + reply ids + end token, so that the mask
+    never rests on a prefix that was tokenised a second time."""
+    dialogue = Dialogue()
+    dialogue.add_user(chat.first(user))
+    dialogue.add_reply(chat.reply(reply), chat)
+    return dialogue
+
+
+def sft_examples(chat, questions):
+    """Every consistent probe, and every original question, with the teacher's full response."""
+    examples = []
+    for row in questions:
+        user = ask(row["question"], row["answer_type"])
+        examples.append(single_turn(chat, user, teacher_reply(row)))
+        for probe in row["probes"]:
+            user = ask(probe["probe"], probe["answer_type"])
+            examples.append(single_turn(chat, user, teacher_reply(probe)))
+    return examples
+
+
+def sft_backward(model, dialogues, args, weight=1.0):
+    """Backward of weight * mean NLL of the trained tokens (Eqs. 3 and 8) -> the mean NLL."""
+    n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, before the first micro-batch
+    total = 0.0
+    for batch in micro_batches([len(d.ids) for d in dialogues], args.micro_batch_tokens):
+        ids, mask = pad_rows([dialogues[i].ids for i in batch], [dialogues[i].mask for i in batch],
+                             model.device)
+        with autocast(args, model.device):
+            loss = -token_logprobs(model, ids, mask).sum() / n_tokens               # Eq. 3, Eq. 8
+        (weight * loss).backward()
+        total += loss.detach()
+    return float(total)
+
+
+def autocast(args, device):
+    """fp32 weights, bf16 products where --bf16 asks for them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+
+def optimizer_step(model, optimizer, args, stage):
+    """Clips the gradient's norm to 1 and steps -> the norm. If it is not finite, stops the run."""
+    norm = float(nn.utils.clip_grad_norm_(trainable(model).values(), MAX_GRAD_NORM))
+    if not np.isfinite(norm):
+        raise UserError(f"{stage}: the gradient is {norm}, so the run stops before it spoils the "
+                        f"weights; start again with a smaller --lr or --sft-lr")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def warm_up(args, questions, device):
+    """Stage 2: SFT over D_EI for --sft-epochs. Writes OUT/sft: the start of stage 3, and pi_ref."""
+    model, chat = prepare(args, args.student, device)
+    examples = sft_examples(chat, questions)
+    n_steps = -(-len(examples) * args.sft_epochs // args.sft_batch_size)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.sft_lr, weight_decay=0.0)
+    start = load_checkpoint(args, "SFT", model, optimizer)
+    tokens = sum(sum(example.mask) for example in examples)
+    print(f"SFT       {len(examples)} examples, {tokens:,} trained tokens, {n_steps} steps")
+    model.train(args.gradient_checkpointing)
+    with tqdm(range(start, n_steps), initial=start, total=n_steps, desc="SFT") as bar:
+        for step in bar:
+            chosen = step_order(len(examples), args.sft_batch_size, args.seed, step,
+                                limit=len(examples) * args.sft_epochs)
+            loss = sft_backward(model, [examples[i] for i in chosen], args)         # Eq. 3
+            optimizer_step(model, optimizer, args, f"SFT step {step + 1}")
+            append_csv(os.path.join(args.out, "sft.csv"), {"step": step + 1, "loss": loss})
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if (step + 1) % args.save_every == 0 or STOP.is_set():
+                save_checkpoint(args, "SFT", step + 1, model, optimizer)
+            leave_if_stopped(args, "SFT", step + 1)
+    save_model(model, chat, os.path.join(args.out, "sft"))
+
+
+# ---------------------------------------------------------------------------------- stage 3: ExGRPO
+
+class Rollout(NamedTuple):
+    """What a step samples. Dialogues stand group by group: question q, member g at q * G + g."""
+    questions: list  # Q rows of D_EI
+    probes: list     # Q lists of the probes drawn, in the order in which they were asked
+    full: list       # Q * G dialogues: all probes, then the question
+    partial: list    # Q * G dialogues: the first k' probes, then the question; none with --turns 0
+
+
+def rollout(model, chat, questions, args, step):
+    """Draws each question's probes and samples its full and partial dialogues."""
+    rng = np.random.default_rng([args.seed, step, 1])
+    generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + step)
+    probes = [[row["probes"][i] for i in rng.permutation(len(row["probes"]))[:args.turns]]
+              for row in questions]
+    cuts = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]      # k' in 0..k-1
+    finals = [ask(row["question"], row["answer_type"]) for row in questions]
+    asked = [[ask(probe["probe"], probe["answer_type"]) for probe in drawn] for drawn in probes]
+    full, cache = converse(model, chat, [a + [q] for a, q in zip(asked, finals)], args, generator)
+    if args.turns == 0:
+        return Rollout(questions, probes, full, [])
+    if args.partial == "independent":
+        scripts = [a[:cut] + [q] for a, q, cut in zip(asked, finals, cuts)]
+        partial, _ = converse(model, chat, scripts, args, generator)
+    else:
+        partial = fork_dialogues(model, chat, full, cache, finals, cuts, args, generator)
+    return Rollout(questions, probes, full, partial)
+
+
+def converse(model, chat, scripts, args, generator):
+    """Plays Q scripts (lists of user turns) G times each, all dialogues in step, the cache alive
+    across turns -> (Q * G dialogues, the cache of their rows)."""
+    scripts = [script for script in scripts for _ in range(args.group_size)]
+    dialogues, cache = [Dialogue() for _ in scripts], None
+    for turn in range(max(map(len, scripts))):
+        rows = [b for b, script in enumerate(scripts) if turn < len(script)]
+        for b in rows:
+            open_turn = chat.later if turn else chat.first
+            dialogues[b].add_user(open_turn(scripts[b][turn]))
+        cache = reply(model, chat, dialogues, rows, cache, args, generator)
+    return dialogues, cache
+
+
+def fork_dialogues(model, chat, full, cache, finals, cuts, args, generator):
+    """Partial dialogue g is full dialogue g, cut after k' turns and asked the question there: an
+    exact sample of the policy for the price of one reply, paired with its full twin."""
+    G = args.group_size
+    partial = [dialogue.fork(cuts[b // G]) for b, dialogue in enumerate(full)]
+    bare = [b for b in range(len(full)) if cuts[b // G] == 0]  # nothing to fork
+    forked = [b for b in range(len(full)) if cuts[b // G] > 0]
+    for b, dialogue in enumerate(partial):
+        cache.lengths[b] = min(cache.lengths[b], len(dialogue.ids))  # the fork of the KV cache
+        open_turn = chat.later if dialogue.ids else chat.first
+        dialogue.add_user(open_turn(finals[b // G]))
+    if forked:
+        reply(model, chat, partial, forked, cache, args, generator)
+    if bare:
+        reply(model, chat, partial, bare, None, args, generator)
+    return partial
+
+
+def reply(model, chat, dialogues, rows, cache, args, generator):
+    """Samples the next reply of dialogues[b], b in rows; without a cache, groups share a prompt."""
+    prompts = [dialogues[b].ids for b in rows]
+    new = cache is None
+    sampled = sample(model, prompts[::args.group_size] if new else prompts, cache=cache,
+                     rows=None if new else rows, group_size=args.group_size if new else 1,
+                     max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                     stop_ids=chat.stop_ids, generator=generator)
+    for b, ids, logps in zip(rows, sampled.replies, sampled.logps):
+        dialogues[b].add_reply(ids, chat, logps)
+    return sampled.cache
+
+
+def teacher_dialogues(chat, probes):
+    """Eq. 8: each question's probes with the teacher's replies, all of which are trained."""
+    dialogues = []
+    for drawn in probes:
+        dialogue = Dialogue()
+        for turn, probe in enumerate(drawn):
+            open_turn = chat.later if turn else chat.first
+            dialogue.add_user(open_turn(ask(probe["probe"], probe["answer_type"])))
+            dialogue.add_reply(chat.reply(teacher_reply(probe)), chat)
+        dialogues.append(dialogue)
+    return dialogues
+
+
+def outcomes(chat, dialogues, questions, group_size):
+    """R_outcome, Eq. 4: whether the last reply of each dialogue, and nothing before it, answers the
+    question -> (Q, G), and the share of last replies that state no readable answer."""
+    texts = [chat.decode(dialogue.replies[-1]) for dialogue in dialogues]
+    golds = [(row["answer"], row["answer_type"]) for row in questions for _ in range(group_size)]
+    right = [float(reward.is_correct(text, *gold)) for text, gold in zip(texts, golds)]
+    unread = [reward.extract_answer(text, kind) is None for text, (_, kind) in zip(texts, golds)]
+    return torch.tensor(right, dtype=torch.float64).view(-1, group_size), np.mean(unread)
+
+
+def pay(chat, played, args):
+    """Rewards of a rollout -> (advantages of its full and then partial dialogues, metrics)."""
+    G = args.group_size
+    full, unread = outcomes(chat, played.full, played.questions, G)
+    if played.partial:
+        partial, _ = outcomes(chat, played.partial, played.questions, G)
+        groups = list(zip(full.tolist(), partial.tolist()))
+        bonus = [reward.dsu_bonus(f, p, args.delta, args.nu) for f, p in groups]       # Eq. 5
+        totals = [reward.total_rewards(f, p, args.delta, args.nu) for f, p in groups]  # Eq. 6
+        advantages = torch.cat(dialogue_advantages(
+            full, partial, torch.tensor(bonus, dtype=full.dtype), args.advantage))  # (2Q, G)
+        correct_partial = advantages[len(full):][partial > 0]
+    else:
+        partial, bonus, totals = full[:0], [], full.tolist()
+        advantages, correct_partial = group_advantages(full), full[:0]
+    replies = [len(ids) for d in played.full for ids in d.replies]
+    probes_right = [reward.is_correct(chat.decode(ids), probe["answer"], probe["answer_type"])
+                    for b, d in enumerate(played.full)
+                    for ids, probe in zip(d.replies, played.probes[b // G])]
+    groups = torch.cat([full, partial])
+    return advantages.flatten(), {
+        "reward": float(np.mean(totals)), "acc_full": full.mean().item(),
+        "acc_partial": mean_or_nan(partial), "acc_probes": mean_or_nan(probes_right),
+        "bonus_share": mean_or_nan([paid > 0 for paid in bonus]),
+        "adv_partial_correct": mean_or_nan(correct_partial),
+        "truncated": float(np.mean([d.truncated[-1] for d in played.full])),
+        "unparsed": float(unread),
+        "zero_variance": (groups.amax(1) == groups.amin(1)).double().mean().item(),
+        "reply_tokens": float(np.mean(replies)), "sampled_tokens": sum(replies) + sum(
+            len(dialogue.replies[-1]) for dialogue in played.partial)}
+
+
+def mean_or_nan(values):
+    return float(np.mean(np.asarray(values, dtype=float))) if len(values) else float("nan")
+
+
+def update(policy, reference, optimizer, dialogues, advantages, teacher, args, stage):
+    """One step of Eq. 7 plus Eq. 8, `--updates` times over the same samples -> metrics.
+
+    reference() is a context that gives pi_ref. Dialogues of advantage 0 are not forwarded.
+    """
+    n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, before the first micro-batch
+    chosen = [i for i in range(len(dialogues)) if advantages[i] != 0]
+    batches = [[chosen[i] for i in batch] for batch in micro_batches(
+        [len(dialogues[i].ids) for i in chosen], args.micro_batch_tokens)]
+    frozen = []  # (old_logps, ref_logps) of each micro-batch, formed at the first update
+    sampler_gap = 0.0
+    for _ in range(args.updates):
+        metrics = {"loss": 0.0, "kl": 0.0, "clip_share": 0.0, "aux_loss": 0.0}
+        for b, batch in enumerate(batches):
+            rows = [dialogues[i] for i in batch]
+            ids, mask = pad_rows([d.ids for d in rows], [d.mask for d in rows], policy.device)
+            with autocast(args, policy.device):
+                if len(frozen) == b and args.beta > 0:
+                    with torch.no_grad(), reference() as ref:
+                        ref_logps = token_logprobs(ref, ids, mask, args.temperature)
+                logps = token_logprobs(policy, ids, mask, args.temperature)         # (B, T-1)
+            if len(frozen) == b:  # the weights are still those that sampled: old log-probs
+                frozen.append((logps.detach(), ref_logps if args.beta > 0 else logps.detach()))
+                sampled = torch.tensor([x for d in rows for x in d.logps], device=policy.device)
+                gap = logps.detach()[mask[:, 1:].bool()] - sampled
+                sampler_gap = max(sampler_gap, gap.abs().max().item())
+            loss, stats = policy_loss(logps, *frozen[b], advantages[batch].to(logps), mask[:, 1:],
+                                      epsilon=args.epsilon, beta=args.beta, n_tokens=n_tokens)
+            loss.backward()
+            for name, value in {"loss": loss.detach(), **stats}.items():
+                metrics[name] += value
+        if args.aux_weight > 0 and teacher:
+            metrics["aux_loss"] = sft_backward(policy, teacher, args, args.aux_weight)  # Eq. 8
+        metrics["grad_norm"] = optimizer_step(policy, optimizer, args, stage)
+    forwarded = sum(sum(dialogues[i].mask) for i in chosen) or 1
+    for name in ("kl", "clip_share"):  # per token that was forwarded
+        metrics[name] *= n_tokens / forwarded
+    return {name: float(value) for name, value in metrics.items()} | {"sampler_gap": sampler_gap}
+
+
+# The columns of metrics.csv, one row a step; README.md says what each means.
+METRICS = ("step reward acc_full acc_partial acc_probes bonus_share adv_partial_correct kl "
+           "clip_share sampler_gap loss aux_loss grad_norm truncated unparsed zero_variance "
+           "reply_tokens tokens_per_s seconds").split()
+BAR = ("reward {reward:.2f} full {acc_full:.2f} partial {acc_partial:.2f} kl {kl:.4f} "
+       "clip {clip_share:.3f} {tokens_per_s:.0f} tok/s")
+
+
+def reinforce(args, questions, device):
+    """Stage 3: --steps steps of ExGRPO from OUT/sft (or the student itself). Writes OUT."""
+    source = os.path.join(args.out, "sft") if args.sft_epochs else args.student
+    policy, chat = prepare(args, source, device)
+    if args.lora_rank:
+        reference = functools.partial(adapters_off, policy)
+    else:
+        pi_ref = load_model(source, device)[0].requires_grad_(False) if args.beta > 0 else None
+        reference = functools.partial(contextlib.nullcontext, pi_ref)
+    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.lr, weight_decay=0.0)
+    start = load_checkpoint(args, "ExGRPO", policy, optimizer)
+    with tqdm(range(start, args.steps), initial=start, total=args.steps, desc="ExGRPO") as bar:
+        for step in bar:
+            began = time.perf_counter()
+            order = step_order(len(questions), args.questions_per_step, args.seed, step)
+            with autocast(args, device):
+                played = rollout(policy.eval(), chat, [questions[i] for i in order], args, step)
+            advantages, metrics = pay(chat, played, args)
+            policy.train(args.gradient_checkpointing)  # without it, layers would not be recomputed
+            dialogues = played.full + played.partial
+            teacher = teacher_dialogues(chat, played.probes) if args.turns else []
+            metrics |= update(policy, reference, optimizer, dialogues, advantages, teacher, args,
+                              f"ExGRPO step {step + 1}")
+            seconds = time.perf_counter() - began
+            metrics |= {"step": step + 1, "seconds": seconds,
+                        "tokens_per_s": metrics.pop("sampled_tokens") / seconds}
+            log_step(args, chat, played, metrics)
+            bar.set_postfix_str(BAR.format(**metrics))
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or STOP.is_set():
+                save_checkpoint(args, "ExGRPO", step + 1, policy, optimizer)
+            leave_if_stopped(args, "ExGRPO", step + 1)
+    save_model(policy, chat, args.out)
+
+
+def log_step(args, chat, played, metrics):
+    """A row of metrics.csv, and the first full dialogue of the step as text."""
+    append_csv(os.path.join(args.out, "metrics.csv"), {name: metrics[name] for name in METRICS})
+    dialogue, row = played.full[0], played.questions[0]
+    right = reward.is_correct(chat.decode(dialogue.replies[-1]), row["answer"], row["answer_type"])
+    with open(os.path.join(args.out, "dialogues.txt"), "a", encoding="utf-8") as file:
+        file.write(f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
+                   f"final answer {'right' if right else 'wrong'}\n"
+                   f"{chat.tokenizer.decode(dialogue.ids)}\n\n")
+
+
+# ------------------------------------------------------------------------------------- command line
+
+def parse_args():
+    parser = Parser("Stages 2 and 3 of ExGRPO: SFT warm-up on probes, then reinforcement.")
+    toy = os.path.join(HERE, "toy")
+    add = parser.add_argument_group("what to train, on what").add_argument
+    add("--student", default=os.path.join(toy, "student"), help="local folder or Hub name")
+    add("--probes", default=os.path.join(toy, "probes.jsonl"), help="D_EI file that ei.py wrote")
+    add("--out", default="runs/exgrpo", help="folder of the run, new or empty unless --resume")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add = parser.add_argument_group("the method").add_argument
+    add("--turns", type=at_least(0), default=5, help="k, probes in a full dialogue; 0: plain GRPO")
+    add("--group-size", type=at_least(2), default=8, help="G, dialogues per question and scenario")
+    add("--partial", choices=["forked", "independent"], default="forked",
+        help="partial dialogues: cut from the full ones, or sampled apart")
+    add("--advantage", choices=["added", "separate", "pooled"], default="added",
+        help="how the bonus enters the group's advantages")
+    add("--delta", type=at_least(0, float), default=0.5, help="size of the bonus, Eq. 5; 0: none")
+    add("--nu", type=at_least(1, float), default=1.0, help="margin of the bonus, Eq. 5")
+    add("--beta", type=at_least(0, float), default=0.04, help="weight of the KL penalty, Eq. 7")
+    add("--epsilon", type=at_least(0, float, above=True), default=0.2, help="clip range, Eq. 7")
+    add("--aux-weight", type=at_least(0, float), default=0.1, help="weight of the SFT loss, Eq. 8")
+    add("--sft-epochs", type=at_least(0), default=3, help="warm-up, Eq. 3; 0: a cold start")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=at_least(0), default=100, help="ExGRPO steps")
+    add("--questions-per-step", type=at_least(1), default=4, help="Q, questions in a step")
+    add("--updates", type=at_least(1), default=1, help="updates per step on the same samples")
+    add("--lr", type=at_least(0, float, above=True), default=1e-6, help="AdamW's, in ExGRPO")
+    add("--sft-lr", type=at_least(0, float, above=True), default=1e-5, help="in the warm-up")
+    add("--sft-batch-size", type=at_least(1), default=16, help="examples in a step of the warm-up")
+    add("--temperature", type=at_least(0, float, above=True), default=1.0,
+        help="of sampling and of scoring, over the full vocabulary")
+    add("--max-new-tokens", type=at_least(1), default=256, help="longest reply, tokens")
+    add("--lora-rank", type=at_least(0), default=0, help="LoRA rank; 0 trains all weights")
+    add("--lora-alpha", type=at_least(0, float, above=True), default=32.0, help="LoRA scale * rank")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--micro-batch-tokens", type=at_least(1), default=4096,
+        help="padded tokens in a forward pass of training: bounds memory, leaves the result")
+    add("--bf16", action="store_true", help="bf16 autocast over fp32 weights")
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    add("--save-every", type=at_least(1), default=20, help="steps between checkpoints")
+    add("--seed", type=at_least(0), default=0, help="of the data order, the cuts and the samples")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    return parser.parse_args()
+
+
+def load_training_data(args):
+    """The kept questions of D_EI with their consistent probes."""
+    _, rows = read_probes(args.probes)
+    kept = [row | {"probes": [probe for probe in row["probes"] if probe["consistent"]]}
+            for row in rows if row["kept"]]
+    kept = [row for row in kept if row["probes"]]
+    if not kept:
+        raise UserError(f"{args.probes}: none of its {len(rows)} questions is kept with a probe, "
+                        "so there is nothing to train on; python ei.py --report shows why")
+    most = max(len(row["probes"]) for row in kept)
+    if args.turns > most:
+        raise UserError(f"--turns {args.turns}: no question in {args.probes} has more than {most} "
+                        "consistent probes")
+    return kept
+
+
+def check_lengths(model, chat, questions, args):
+    """The longest dialogue must fit the model's context: better said now than at step 700."""
+    def text(row):  # what the user may say at most
+        return sorted((ask(p["probe"], p["answer_type"]) for p in row["probes"]), key=len)[
+            ::-1][:args.turns] + [ask(row["question"], row["answer_type"])]
+    row = max(questions, key=lambda row: sum(map(len, text(row))))
+    longest = (sum(len(chat.first(turn)) for turn in text(row))
+               + (args.max_new_tokens + 1) * (args.turns + 1))
+    if longest > context_size(model):
+        raise UserError(f"a dialogue on question {row['id']} may grow to {longest} tokens, the "
+                        f"model reads {context_size(model)}; lower --turns or --max-new-tokens")
+
+
+def print_plan(args, model, questions, device):
+    size = count_parameters(model) / 1e6
+    trained = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "all trained"
+    probes = [len(row["probes"]) for row in questions]
+    few = sum(n < args.turns for n in probes)
+    scenarios = "full and partial" if args.turns else "no probes: plain GRPO"
+    print(f"student   {args.student}: {size:.1f} M parameters, {trained}, on {device}, "
+          f"{'bf16 autocast' if args.bf16 else 'fp32'}\n"
+          f"data      {args.probes}: {len(questions)} kept questions, {sum(probes)} consistent "
+          f"probes; {few} questions have fewer than {args.turns}\n"
+          f"plan      {args.sft_epochs} SFT epochs, {args.steps} steps; a step: "
+          f"{args.questions_per_step} questions x {args.group_size} dialogues, {scenarios}, "
+          f"k = {args.turns}, replies of at most {args.max_new_tokens} tokens\n"
+          f"run       {args.out}", flush=True)
+
+
+def print_summary(args):
+    """First and last steps side by side, and what to do next."""
+    with open(os.path.join(args.out, "metrics.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    n = min(10, len(rows) // 2)
+    if n:
+        print(f"mean over steps     {'first ' + str(n):>9} {'last ' + str(n):>9}")
+        for name in METRICS[1:]:
+            first, last = (np.mean([float(row[name]) for row in part])
+                           for part in (rows[:n], rows[-n:]))
+            print(f"{name:20}{first:9.3f} {last:9.3f}")
+    print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt\nnext: python evaluate.py "
+          f"--model {args.out} --baseline {args.student} --data QUESTIONS.jsonl")
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    questions = load_training_data(args)
+    model, chat = load_model(args.student, device)
+    check_lengths(model, chat, questions, args)
+    open_run(args)
+    print_plan(args, model, questions, device)
+    del model
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
+        signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
+    if args.sft_epochs and not os.path.exists(os.path.join(args.out, "sft", "config.json")):
+        warm_up(args, questions, device)
+    reinforce(args, questions, device)
+    print_summary(args)
+
+
+if __name__ == "__main__":
+    run(main)

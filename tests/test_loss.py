@@ -1,0 +1,388 @@
+"""Advantages, log-probs and losses against closed forms, TRL's own numbers and each other."""
+import contextlib
+import itertools
+import json
+import math
+import os
+import types
+
+import pytest
+import torch
+
+import exgrpo
+import reward
+
+with open(os.path.join(os.path.dirname(__file__), "data", "trl.json")) as file:
+    TRL = json.load(file)  # its "source" says what these numbers are
+
+
+def tensor(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def trl_inputs(case):
+    names = ("per_token_logps", "old_per_token_logps", "ref_per_token_logps", "advantages")
+    return [tensor(TRL["inputs"][name]) for name in names] + [torch.tensor(case["mask"])]
+
+
+@pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: case["label"])
+def test_policy_loss_equals_trl(case):
+    """Value, gradient, KL and clip share to 1e-9, ratios on both sides of the clip range, ragged rows."""
+    logps, old, ref, advantages, mask = trl_inputs(case)
+    logps.requires_grad_()
+    loss, stats = exgrpo.policy_loss(logps, old, ref, advantages, mask, epsilon=case["epsilon"],
+                                     beta=case["beta"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-9)
+    assert torch.allclose(logps.grad, tensor(case["grad"]), rtol=0, atol=1e-9)
+    assert stats["kl"].item() == pytest.approx(case["metrics"]["kl"], abs=1e-9)
+    assert stats["clip_share"].item() == pytest.approx(
+        case["metrics"]["clip_ratio/region_mean"], abs=1e-9)
+
+
+def test_group_advantages_equal_trl():
+    """D10 too: four groups of eight, each with a mean and a deviation of its own."""
+    fixture = TRL["advantages"]
+    rewards = tensor(fixture["rewards"]).view(-1, fixture["group_size"])
+    expected = tensor(fixture["advantages"]).view_as(rewards)
+    assert torch.allclose(exgrpo.group_advantages(rewards), expected, rtol=0, atol=1e-6)
+    exact = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    assert torch.allclose(exgrpo.group_advantages(rewards), exact, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.6, 0.01, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_have_advantage_exactly_zero(value, dtype):
+    """D9: eight rewards of 0.6 have a deviation of 1e-8 in fp32; with a small epsilon that is an
+    advantage of 0.81."""
+    rewards = torch.full((2, 8), value, dtype=dtype)
+    assert exgrpo.group_advantages(rewards).abs().max() == 0
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError):
+        exgrpo.group_advantages(torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("advantage, ratio, gradient", [
+    (1.0, 0.5, 0.5), (1.0, 1.5, 0.0), (-1.0, 0.5, 0.0), (-1.0, 1.5, -1.5)])
+def test_clip_acts_on_the_right_side(advantage, ratio, gradient):
+    """D14: for a negative advantage the bound is the lower one; reversed, a bad token is pushed down
+    without end. d objective / d logp is ratio * advantage where nothing is clipped, else 0."""
+    logps = tensor([[math.log(ratio)]]).requires_grad_()
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    loss, stats = exgrpo.policy_loss(logps, zero, zero, tensor([advantage]), torch.ones(1, 1),
+                                     epsilon=0.2, beta=0.0)
+    loss.backward()
+    assert -logps.grad.item() == pytest.approx(gradient)
+    assert stats["clip_share"] == (gradient == 0)
+
+
+def test_ratio_one_has_the_gradient_of_reinforce():
+    """D19: on fresh samples the ratio is 1 and the loss is minus the mean advantage, yet its gradient is
+    that of advantage * log pi. An implementation without it learns nothing."""
+    logps = tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]]).requires_grad_()
+    mask, advantages = torch.tensor([[1, 1, 1], [1, 1, 0]]), tensor([0.7, -1.2])
+    loss, _ = exgrpo.policy_loss(logps, logps.detach(), logps.detach(), advantages, mask,
+                                 epsilon=0.2, beta=0.04)
+    loss.backward()
+    assert torch.allclose(logps.grad, -(advantages[:, None] * mask) / 5)
+
+
+def test_k3_is_the_kl_and_its_gradient_that_of_the_reverse_kl():
+    """D13: over a whole vocabulary of six, E_pi[k3] is KL(pi || ref); the gradient of k3 as a loss is that
+    of KL(ref || pi). A wrong sign would reward leaving the reference."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
+    ref = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
+    pi = x.log_softmax(0)
+
+    def k3(logps):
+        _, stats = exgrpo.policy_loss(logps[:, None], logps[:, None], ref[:, None], torch.zeros(6),
+                                      torch.ones(6, 1), epsilon=0.2, beta=1.0)
+        return stats["kl"]
+    per_token = torch.stack([exgrpo.policy_loss(
+        pi[i:i + 1, None], pi[i:i + 1, None].detach(), ref[i:i + 1, None], torch.zeros(1),
+        torch.ones(1, 1), epsilon=0.2, beta=1.0)[0] for i in range(6)])           # = +k3 each
+    assert (per_token >= 0).all()
+    value = (pi.exp() * per_token).sum()
+    assert value.item() == pytest.approx((pi.exp() * (pi - ref)).sum().item())
+    assert k3(pi.detach()).item() == pytest.approx(per_token.mean().item())
+    (ours,) = torch.autograd.grad((pi.exp().detach() * per_token).sum(), x, retain_graph=True)
+    (reverse,) = torch.autograd.grad((ref.exp() * (ref - pi)).sum(), x)
+    assert torch.allclose(ours, reverse)
+
+
+def test_kl_of_a_fled_policy_is_finite():
+    """exp(ref - pi) overflows where the policy has all but lost a token of the reference."""
+    logps = torch.tensor([[-300.0]]).requires_grad_()
+    loss, _ = exgrpo.policy_loss(logps, logps.detach(), torch.zeros(1, 1), torch.ones(1),
+                                 torch.ones(1, 1), epsilon=0.2, beta=0.04)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
+
+
+def test_padding_may_hold_anything_and_inputs_stay_as_they_are():
+    """D23: nan * 0 is nan, so a mask must select, not multiply; and writing into a view of the batch
+    doubled nano-aha's token count."""
+    case = TRL["cases"][0]
+    inputs = trl_inputs(case)
+    clean, _ = exgrpo.policy_loss(*inputs, epsilon=0.2, beta=0.04)
+    dirty = [x.clone() for x in inputs]
+    for x in dirty[:3]:
+        x[dirty[4] == 0] = float("nan")
+    copies = [x.clone() for x in dirty]
+    loss, _ = exgrpo.policy_loss(*dirty, epsilon=0.2, beta=0.04)
+    assert loss.item() == pytest.approx(clean.item())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(dirty, copies))
+
+
+# ------------------------------------------------------------------ the bonus and what a group is
+
+def paid(full, partial, delta, variant):
+    bonus = reward.dsu_bonus(full, partial, delta, 1.0)
+    return exgrpo.dialogue_advantages(tensor([full]), tensor([partial]), tensor([bonus]), variant)
+
+
+def test_separate_normalisation_cancels_the_bonus():
+    """{0, 1} and {0, 1 + delta} have the same z-scores, up to the epsilon of 1e-4."""
+    without = paid([1, 1, 1, 0], [0, 0, 0, 0], 0.0, "separate")[0]
+    for delta in (0.1, 0.5, 5.0):
+        assert torch.allclose(paid([1, 1, 1, 0], [0, 0, 0, 0], delta, "separate")[0], without, atol=1e-3)
+    assert torch.allclose(without, tensor([[0.5, 0.5, 0.5, -1.5]]), atol=1e-3)
+
+
+def test_pooled_normalisation_can_punish_correct_partial_dialogues():
+    full, partial = paid([1, 1, 1, 1], [1, 1, 1, 0], 0.5, "pooled")
+    assert torch.allclose(partial[0, :3], tensor([-0.2415] * 3), atol=1e-3)
+    assert (full > 0).all()
+
+
+THREE = list(itertools.product([0, 1], repeat=3))
+
+
+@pytest.mark.parametrize("full, partial", list(itertools.product(THREE, THREE)))
+def test_added_bonus_pays_correct_full_dialogues_only(full, partial):
+    """Over every outcome of two groups of three: the bonus lifts correct full dialogues by delta, changes
+    no other advantage, and nothing correct is below 0."""
+    base = paid(full, partial, 0.0, "added")
+    ours = paid(full, partial, 0.5, "added")
+    earned = 0.5 if sum(full) > sum(partial) else 0.0
+    assert torch.allclose(ours[0] - base[0], earned * tensor([full]))
+    assert torch.equal(ours[1], base[1])
+    assert (ours[0][tensor([full]) == 1] >= 0).all() and (ours[1][tensor([partial]) == 1] >= 0).all()
+
+
+# -------------------------------------------------------------------- log-probs and whole gradients
+
+ARGS = types.SimpleNamespace(group_size=3, max_new_tokens=10, temperature=0.7, micro_batch_tokens=10 ** 6,
+                             bf16=False, beta=0.04, epsilon=0.2, aux_weight=0.3, updates=1, turns=2)
+
+
+def changed(**values):
+    return types.SimpleNamespace(**(vars(ARGS) | values))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "gemma3"])
+def test_token_logprobs_padded_equal_unpadded(loaded, kind):
+    """D6, D8: right-padded rows of ragged lengths, at exactly the places of the mask, equal the plain
+    log_softmax of each row alone. A mask that is off by one speaks of the neighbouring token."""
+    model, _ = loaded(kind)
+    rows = [[5, 17, 9, 40, 262, 262, 7], [8, 262, 3], [11, 12, 13, 14, 15]]
+    masks = [[0, 0, 1, 1, 1, 0, 1], [0, 1, 1], [0, 1, 0, 1, 0]]
+    ids, mask = exgrpo.pad_rows(rows, masks, model.device)
+    ours = exgrpo.token_logprobs(model, ids, mask, 0.7)
+    assert ours.shape == (3, 6)
+    for row, own, mark in zip(ours, rows, masks):
+        logits = model(torch.tensor([own])).logits[0, :-1].float() / 0.7
+        plain = torch.log_softmax(logits, -1).gather(1, torch.tensor(own[1:])[:, None])[:, 0]
+        expected = torch.zeros(6)
+        expected[:len(own) - 1] = plain * torch.tensor(mark[1:])
+        assert torch.allclose(row, expected, atol=1e-5)
+
+
+def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
+    """D29: with a large vocabulary the logits are formed in chunks, and again in the backward pass."""
+    model, _ = loaded("qwen2")
+    ids = torch.randint(2, 260, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    results = []
+    for held in (exgrpo.LOGITS_HELD, 8 * model.config.vocab_size):  # the second: chunks of 8
+        monkeypatch.setattr(exgrpo, "LOGITS_HELD", held)
+        model.zero_grad()
+        logps = exgrpo.token_logprobs(model, ids, mask)
+        (logps * torch.arange(19)).sum().backward()
+        results.append([logps.detach()] + [p.grad.clone() for p in model.parameters()])
+    model.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results))
+
+
+def test_dropout_is_off_even_in_train_mode(loaded):
+    """D16: with GPT-2's dropout of 0.1 the ratio between two passes ran from 0.22 to 8.5."""
+    model, _ = loaded("gpt2")
+    ids = torch.arange(2, 30)[None]
+    try:
+        once, twice, calm = model.train()(ids).logits, model(ids).logits, model.eval()(ids).logits
+    finally:
+        model.eval()
+    assert torch.equal(once, twice) and torch.equal(once, calm)
+
+
+def a_step(model, chat, seed=0):
+    """Two questions, full and forked partial dialogues, teacher dialogues, and advantages by hand."""
+    scripts = [["Why?", "So? " * 4, "The question"], ["What if?", "Then?", "The other"]]
+    rng = torch.Generator().manual_seed(seed)
+    full, cache = exgrpo.converse(model, chat, scripts, ARGS, rng)
+    partial = exgrpo.fork_dialogues(model, chat, full, cache, ["The question", "The other"], [1, 0],
+                                    ARGS, rng)
+    probes = [[{"probe": "Why?", "rationale": "So.", "answer": "3", "answer_type": "number"}] * n
+              for n in (1, 2)]
+    advantages = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
+    return full + partial, advantages, exgrpo.teacher_dialogues(chat, probes)
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of every update, and moves nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=1.0)
+        self.gradients = []
+
+    def step(self):
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for group in self.param_groups
+                                         for p in group["params"]]))
+
+
+def gradient_of(model, chat, args, advantages=None, reference=None, order=None):
+    dialogues, given, teacher = a_step(model, chat)
+    advantages = given if advantages is None else advantages
+    if order is not None:
+        dialogues, advantages = [dialogues[i] for i in order], advantages[order]
+    recorder = Recorder(model.parameters())
+    metrics = exgrpo.update(model, lambda: contextlib.nullcontext(reference or model), recorder,
+                            dialogues, advantages, teacher, args, "test")
+    return recorder.gradients[-1], metrics
+
+
+@pytest.fixture
+def loose_clip(monkeypatch):
+    """Compare gradients before they are clipped to norm 1."""
+    monkeypatch.setattr(exgrpo, "MAX_GRAD_NORM", 1e9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradients_do_not_depend_on_micro_batches(loaded, kind, loose_clip):
+    """D12: with all loss terms on. Averages of micro-batch means were off by up to 13 degrees."""
+    model, chat = loaded(kind)
+    whole, metrics = gradient_of(model, chat, ARGS)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    for args, order in ((changed(micro_batch_tokens=1), None), (changed(micro_batch_tokens=150), None),
+                        (changed(micro_batch_tokens=150), shuffled)):
+        parts, again = gradient_of(model, chat, args, order=order)
+        assert torch.allclose(whole, parts, atol=1e-5 * whole.abs().max().item())
+        assert again["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
+        assert again["kl"] == pytest.approx(metrics["kl"], abs=1e-6)
+        assert again["aux_loss"] == pytest.approx(metrics["aux_loss"], rel=1e-5)
+
+
+def test_each_term_changes_the_gradient(loaded, tiny, loose_clip):
+    """D25: an auxiliary term that is silently dead looks like one that works."""
+    model, chat = loaded("llama")
+    reference = exgrpo.load_model(tiny("llama"), model.device)[0]
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.05)
+    whole, metrics = gradient_of(model, chat, ARGS, reference=reference)
+    assert metrics["kl"] > 0
+    for args in (changed(beta=0.0), changed(aux_weight=0.0), changed(temperature=1.0)):
+        assert not torch.allclose(whole, gradient_of(model, chat, args, reference=reference)[0], rtol=1e-2)
+    bonus = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
+    bonus[:6] += 0.5
+    assert not torch.allclose(whole, gradient_of(model, chat, ARGS, bonus, reference)[0], rtol=1e-2)
+
+
+def test_the_first_update_has_ratio_one_and_agrees_with_the_sampler(loaded, loose_clip):
+    """D18: the log-probs of the scorer are those of the sampler, so the first ratio is 1; a gap here is
+    the first sign of a wrong mask, temperature, position or precision."""
+    model, chat = loaded("llama")
+    _, metrics = gradient_of(model, chat, changed(beta=0.0))
+    assert metrics["clip_share"] == 0
+    assert metrics["sampler_gap"] < 1e-4
+    dialogues, advantages, _ = a_step(model, chat)
+    counts = torch.tensor([float(sum(d.mask)) for d in dialogues], dtype=torch.float64)
+    assert metrics["loss"] == pytest.approx(-(counts * advantages).sum().item() / counts.sum().item(),
+                                            abs=1e-6)
+
+
+def test_dialogues_without_advantage_are_not_forwarded(loaded, loose_clip, monkeypatch):
+    """Skipping them saves their passes and changes nothing: the divisor still counts their tokens."""
+    model, chat = loaded("llama")
+    advantages = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
+    advantages[:6] = 0.0
+    args, rows = changed(beta=0.0, aux_weight=0.0), []
+    tiny_but_there = advantages + 1e-30
+    whole, _ = gradient_of(model, chat, args, tiny_but_there)
+    own = exgrpo.token_logprobs
+    monkeypatch.setattr(exgrpo, "token_logprobs", lambda m, ids, *a: rows.append(len(ids)) or own(m, ids, *a))
+    skipped, _ = gradient_of(model, chat, args, advantages)
+    assert sum(rows) == 6
+    assert torch.allclose(whole, skipped, atol=1e-6)
+
+
+def test_a_second_update_uses_the_stored_log_probs(loaded, loose_clip):
+    """D19: with old log-probs formed anew at each update the ratio would be 1 for ever, and the clip dead."""
+    model, chat = loaded("llama")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    dialogues, advantages, teacher = a_step(model, chat)
+    optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+    try:
+        metrics = exgrpo.update(model, lambda: contextlib.nullcontext(model), optimizer, dialogues,
+                                advantages, teacher, changed(updates=2, beta=0.0), "test")
+    finally:
+        model.load_state_dict(state)
+    assert metrics["clip_share"] > 0.01
+
+
+def test_sft_ids_are_prompt_plus_reply_plus_end(loaded):
+    """D24: a mask from the length of a prefix that is tokenised apart is off where tokens merge across
+    the seam; here ids are joined, so that the reply's first and end tokens are exactly masked in."""
+    model, chat = loaded("gpt2")
+    example = exgrpo.single_turn(chat, "the theme", "and is a 3.")
+    prompt, answer = chat.first("the theme"), chat.encode(" and is a 3.")
+    assert example.ids == prompt + answer + [chat.end_id]
+    assert example.mask == [0] * len(prompt) + [1] * (len(answer) + 1)
+
+
+def test_auxiliary_dialogue_trains_the_teachers_probe_replies_only(loaded):
+    model, chat = loaded("llama")
+    probes = [{"probe": "Why?", "rationale": "So.", "answer": "3", "answer_type": "number"},
+              {"probe": "If?", "rationale": "", "answer": "yes", "answer_type": "yesno"}]
+    (dialogue,) = exgrpo.teacher_dialogues(chat, [probes])
+    trained = [i for i, m in zip(dialogue.ids, dialogue.mask) if m]
+    assert trained == chat.reply("So. The answer is 3.") + chat.reply("The answer is yes.")
+    assert dialogue.ids == chat.prompt([
+        exgrpo.ask("Why?", "number"), "So. The answer is 3.", exgrpo.ask("If?", "yesno")]) + chat.reply(
+        "The answer is yes.")
+
+
+def test_micro_batches_hold_every_row_once():
+    lengths = [7, 30, 2, 9, 9, 14, 1]
+    for budget in (1, 10, 30, 1000):
+        batches = exgrpo.micro_batches(lengths, budget)
+        assert sorted(i for batch in batches for i in batch) == list(range(7))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    assert exgrpo.micro_batches([5, 9, 4], 10) == [[1], [0, 2]]
+
+
+def test_outcome_grades_the_last_reply_only(loaded):
+    """A right answer to a probe, or one quoted in the prompt, earns nothing."""
+    model, chat = loaded("llama")
+    dialogue = exgrpo.Dialogue()
+    for user, reply in (("The answer is 3.", "The answer is 3."), ("Q?", "I do not know.")):
+        dialogue.add_user(chat.first(user))
+        dialogue.add_reply(chat.reply(reply), chat)
+    right = exgrpo.single_turn(chat, "Q?", "The answer is 3.")
+    rows = [{"answer": "3", "answer_type": "number"}]
+    outcomes, unread = exgrpo.outcomes(chat, [dialogue, right], rows, 2)
+    assert outcomes.tolist() == [[0.0, 1.0]] and unread == 0.5

@@ -1,0 +1,240 @@
+"""The sampler, its cache, and the scorer that must agree with it, on tiny random models."""
+import types
+
+import pytest
+import torch
+
+import exgrpo
+
+KINDS = ["llama", "qwen2", "gemma", "gpt2", "mistral", "gemma3"]  # the last two look back 24 tokens
+ARGS = types.SimpleNamespace(group_size=3, max_new_tokens=24, temperature=0.7)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def own_logps(model, ids, temperature):
+    """What the model itself says, by the plainest route: no cache, no padding, full log_softmax."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def assert_sampled_as_scored(model, dialogue, temperature):
+    """Log-probs that the sampler kept == the model's own, at exactly the tokens of mask 1."""
+    expected = own_logps(model, dialogue.ids, temperature)[torch.tensor(dialogue.mask[1:]).bool()]
+    assert len(dialogue.logps) == len(expected)
+    assert torch.allclose(torch.tensor(dialogue.logps), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_generate(loaded, kind):
+    """Ragged prompts, our cache against transformers' own generate, token for token."""
+    model, chat = loaded(kind)
+    prompts = [chat.first("Why? " * n) for n in (1, 7, 3)]
+    ours = exgrpo.sample(model, prompts, max_new_tokens=24, temperature=0, stop_ids=chat.stop_ids)
+    for prompt, reply in zip(prompts, ours.replies):
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24,
+                                attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+        assert theirs[0, len(prompt):].tolist() == reply
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dialogue_logps_equal_the_models_own_at_every_turn(loaded, kind):
+    """D5, D8: groups of several turns and ragged lengths, finished rows gone from the batch, T = 0.7.
+
+    Scoring at T = 1 what was sampled at another temperature biases every ratio; padding without
+    positions moved log-probs by up to 4 nats on learned positions (GPT-2).
+    """
+    model, chat = loaded(kind)
+    scripts = [["Why? " * 3, "And then?", "So?"], ["What if it is not?", "So? " * 5]]
+    dialogues, cache = exgrpo.converse(model, chat, scripts, ARGS, generator())
+    assert [len(d.replies) for d in dialogues] == [3] * 3 + [2] * 3
+    for dialogue in dialogues:
+        assert_sampled_as_scored(model, dialogue, 0.7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forked_dialogue_is_a_sample_of_the_policy(loaded, kind):
+    """A fork that shared the cache instead of cutting it back would answer with the later turns of
+    the full dialogue in view: its log-probs would not be those of its own ids."""
+    model, chat = loaded(kind)
+    scripts = [["Why?", "And then? " * 2, "So?", "The question"], ["What?", "If?", "The other"]]
+    full, cache = exgrpo.converse(model, chat, scripts, ARGS, rng := generator())
+    finals, before = ["The question", "The other"], [list(d.ids) for d in full]
+    partial = exgrpo.fork_dialogues(model, chat, full, cache, finals, [1, 2], ARGS, rng)
+    for b, dialogue in enumerate(partial):
+        n_turns = [1, 2][b // 3]
+        end = full[b].ends[n_turns - 1]
+        assert dialogue.ids[:end] == full[b].ids[:end]
+        assert dialogue.ids[end:][:len(chat.later("The"))] != full[b].ids[end:]
+        assert len(dialogue.replies) == n_turns + 1
+        assert_sampled_as_scored(model, dialogue, 0.7)
+    assert [d.ids for d in full] == before
+
+
+def test_fork_at_zero_is_the_bare_question(loaded):
+    model, chat = loaded("llama")
+    full, cache = exgrpo.converse(model, chat, [["Why?", "Q?"]], ARGS, rng := generator())
+    for dialogue in exgrpo.fork_dialogues(model, chat, full, cache, ["Q?"], [0], ARGS, rng):
+        assert dialogue.ids[:len(chat.first("Q?"))] == chat.first("Q?")
+        assert len(dialogue.replies) == 1
+        assert_sampled_as_scored(model, dialogue, 0.7)
+
+
+def test_full_vocabulary_and_frequencies():
+    """D4: transformers' generate draws from the top 50 unless told otherwise. Here 400 tokens of equal
+    probability must all come up, and a sharp distribution must come up in its proportions."""
+    u = torch.rand(20000, generator=generator(), dtype=torch.float64)
+    tokens, logps = exgrpo.draw(torch.zeros(20000, 400), 1.0, u)
+    assert len(tokens.unique()) == 400
+    assert torch.allclose(logps, torch.tensor(1 / 400).log())
+    logits = torch.tensor([2.0, 1.0, 0.0, -30.0])
+    for temperature in (0.5, 1.0, 2.0):
+        tokens, _ = exgrpo.draw(logits.expand(20000, 4), temperature, u)
+        share = torch.bincount(tokens, minlength=4) / 20000
+        assert torch.allclose(share, torch.softmax(logits / temperature, -1), atol=0.015)
+
+
+def test_draw_never_picks_what_has_no_probability():
+    logits = torch.tensor([[-1e9, 0.0, -1e9]]).expand(2, 3)
+    tokens, _ = exgrpo.draw(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64))
+    assert tokens.tolist() == [1, 1]
+
+
+def test_first_tokens_of_a_group_differ(loaded):
+    """D20: nanochat broadcast one first token to the whole group for two and a half months. With 16
+    draws that are uniform over more than 200 tokens, all equal by chance happens less than once in 10^34."""
+    model, chat = loaded("llama")
+    head = model.get_output_embeddings().weight
+    kept, head.data = head.data, torch.zeros_like(head.data)
+    try:
+        replies = exgrpo.sample(model, [chat.first("Why?")], max_new_tokens=1, temperature=1.0,
+                                stop_ids=[], group_size=16, generator=generator()).replies
+    finally:
+        head.data = kept
+    assert len({tuple(reply) for reply in replies}) > 8
+
+
+def test_a_rows_luck_depends_on_no_other_row(loaded):
+    """Rows that finish leave the batch; the rows that stay must sample what they would have sampled."""
+    model, chat = loaded("llama")
+    prompts = [chat.first("Why? " * n) for n in (1, 2, 3)]
+    def replies(stop_ids):
+        return exgrpo.sample(model, prompts, max_new_tokens=30, temperature=1.0, stop_ids=stop_ids,
+                             group_size=4, generator=generator(1)).replies
+    never = replies([])
+    stop = never[5][3]  # a token at which some rows will stop
+    early = replies([stop])
+    assert 3 < sum(map(len, early)) < sum(map(len, never))
+    for long, short in zip(never, early):
+        assert long[:len(short)] == short
+        assert (short[-1] == stop) or len(short) == 30
+
+
+def test_an_end_token_inside_the_prompt_does_not_stop_the_rollout(loaded):
+    """D30: GRPO-Zero looked for the end token in the whole row; every chat prompt contains it."""
+    model, chat = loaded("llama")
+    prompt = chat.prompt(["Why?", "Because.", "And then?"])
+    assert chat.end_id in prompt
+    replies = exgrpo.sample(model, [prompt], max_new_tokens=8, temperature=1.0, group_size=8,
+                            stop_ids=chat.stop_ids, generator=generator()).replies
+    assert max(map(len, replies)) > 1
+
+
+def test_every_end_token_stops(loaded):
+    """D7: a model may name several end tokens; missing one makes every reply run to the limit."""
+    model, chat = loaded("llama")
+    assert chat.end_id in chat.stop_ids
+    kept = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [7, kept]
+    try:
+        assert exgrpo.Chat(chat.tokenizer, model).stop_ids == sorted({7, kept})
+    finally:
+        model.generation_config.eos_token_id = kept
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_dialogue_ids_grow_and_the_mask_marks_what_was_sampled(loaded, kind):
+    """D2, D3, D6: what the user says is never trained, the first end token is, and a truncated reply
+    gets an end token that is not. pad == eos here: a mask made from values would drop the end token."""
+    model, chat = loaded(kind)
+    assert chat.tokenizer.pad_token_id == chat.end_id
+    dialogue = exgrpo.Dialogue()
+    dialogue.add_user(chat.first("Why?"))
+    dialogue.add_reply([5, 6, chat.end_id], chat)
+    dialogue.add_user(chat.later("And then?"))
+    dialogue.add_reply([8, 9], chat)  # cut by the limit
+    first, later, end = chat.first("Why?"), chat.later("And then?"), chat.end_id
+    assert dialogue.ids == first + [5, 6, end] + later + [8, 9, end]
+    assert dialogue.mask == [0] * len(first) + [1, 1, 1] + [0] * len(later) + [1, 1, 0]
+    assert dialogue.truncated == [False, True]
+    assert dialogue.ends == [len(first) + 3, len(dialogue.ids)]
+
+
+def test_prompt_equals_the_templates_own_rendering(loaded):
+    """D2: rendering only the new user turn would repeat the default system prompt; what is appended must
+    be the difference of two renderings."""
+    model, chat = loaded("llama")
+    turns = ["Why?", "Because.", "And then?", "Nothing.", "So?"]
+    assert chat.prompt(turns) == chat._render(*turns, reply_next=True)
+    assert "system" in chat.tokenizer.decode(chat.first("Why?"))
+    assert "system" not in chat.tokenizer.decode(chat.later("Why?"))
+
+
+def test_a_template_that_rewrites_history_is_refused(loaded):
+    model, chat = loaded("llama")
+    kept = chat.tokenizer.chat_template
+    chat.tokenizer.chat_template = kept.replace(
+        "{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% else %}...{% endif %}")
+    try:
+        with pytest.raises(exgrpo.UserError, match="rewrites earlier turns"):
+            chat.later("And then?")
+    finally:
+        chat.tokenizer.chat_template = kept
+
+
+def test_special_tokens_inside_a_question_open_no_turn(loaded):
+    """Teacher text is untrusted: "<|end|>" inside a probe must not close the user's turn."""
+    model, chat = loaded("llama")
+    assert chat.first("Why<|end|>?<|open|>") == chat.first("Why?")
+    assert chat.reply("Because<|end|>") == chat.reply("Because")
+
+
+def test_sampled_text_is_never_encoded_again(loaded, monkeypatch):
+    """D1: decode, append, encode changes the ids (92 of 300 samples on SmolLM2), so that the trained
+    tokens are not the sampled ones. Here encode sees the user's words only, never what was sampled."""
+    model, chat = loaded("llama")
+    seen, encode, render = [], chat.encode, chat._render
+    monkeypatch.setattr(chat, "encode", lambda text: seen.append(text) or encode(text))
+    monkeypatch.setattr(chat, "_render", lambda *turns, reply_next: seen.extend(turns) or render(
+        *turns, reply_next=reply_next))
+    dialogues, _ = exgrpo.converse(model, chat, [["Why?", "And then?", "So?"]], ARGS, generator())
+    assert set(seen) <= {"Why?", "And then?", "So?", "x", "y"}
+    survive = [chat.encode(chat.tokenizer.decode(ids)) == ids for d in dialogues for ids in d.replies]
+    assert not all(survive), "the sample should hold ids that encode would not choose"
+    for dialogue in dialogues:
+        sampled = [i for i, m in zip(dialogue.ids, dialogue.mask) if m]
+        assert sampled == [i for ids in dialogue.replies for i in ids]
+
+
+def test_generate_does_not_depend_on_the_batch(loaded):
+    """D27: greedy answers are the same for every batch size, and come back in the order asked."""
+    model, chat = loaded("gpt2")
+    prompts = [chat.first("Why? " * n) for n in (4, 1, 9, 2)]
+    together = exgrpo.generate(model, chat, prompts, max_new_tokens=12)
+    assert together == exgrpo.generate(model, chat, prompts, max_new_tokens=12, token_budget=1)
+    assert [n for _, _, n in together] == [len(exgrpo.sample(
+        model, [p], max_new_tokens=12, temperature=0, stop_ids=chat.stop_ids).replies[0])
+        for p in prompts]
+
+
+def test_bf16_autocast_samples_what_it_scores(loaded):
+    """The path of --bf16, on the CPU: the two agree to the precision of bf16."""
+    model, chat = loaded("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        (dialogue, *_), _ = exgrpo.converse(model, chat, [["Why?", "So?"]], ARGS, generator())
+        ids, mask = exgrpo.pad_rows([dialogue.ids], [dialogue.mask], model.device)
+        scored = exgrpo.token_logprobs(model, ids, mask, 0.7)[mask[:, 1:].bool()]
+    assert (scored - torch.tensor(dialogue.logps)).abs().mean() < 0.1

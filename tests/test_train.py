@@ -1,0 +1,290 @@
+"""The whole of exgrpo.py through its command line, on tiny random models."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import exgrpo
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+PROBES = os.path.join(HERE, "data", "probes.jsonl")
+SMALL = ["--probes", PROBES, "--group-size", "3", "--turns", "2", "--questions-per-step", "2",
+         "--max-new-tokens", "8", "--device", "cpu", "--sft-lr", "1e-3", "--lr", "1e-3"]
+
+
+def call(monkeypatch, *flags, expect=0):
+    """Runs exgrpo.py's main in this process, as the shell would; returns nothing, checks the exit code."""
+    monkeypatch.setattr(sys, "argv", ["exgrpo.py", *map(str, flags)])
+    exgrpo.STOP.clear()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            exgrpo.run(exgrpo.main)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    assert (leaving.value.code or 0) == expect
+
+
+def fails(monkeypatch, capsys, *flags, saying):
+    """Exit code 2 and one line on stderr that holds every given word; nothing else goes wrong."""
+    capsys.readouterr()
+    call(monkeypatch, *flags, expect=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in saying), lines[0]
+
+
+def metrics(out):
+    with open(os.path.join(out, "metrics.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder):
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind, extra", [
+    ("llama", []), ("gpt2", ["--partial", "independent", "--advantage", "pooled"]),
+    ("qwen2", ["--turns", "0"]), ("gemma", ["--bf16", "--gradient-checkpointing", "--updates", "2"]),
+    ("llama", ["--lora-rank", "2"]), ("gpt2", ["--lora-rank", "2", "--gradient-checkpointing"]),
+    ("gemma3", ["--sft-epochs", "0", "--advantage", "separate", "--beta", "0", "--aux-weight", "0"])])
+def test_a_run_leaves_a_plain_model_and_its_story(monkeypatch, capsys, tiny, tmp_path, kind, extra):
+    out = tmp_path / "run"
+    call(monkeypatch, "--student", tiny(kind), *SMALL, "--sft-epochs", 1, "--steps", 2, "--out", out, *extra)
+    assert f"--model {out}" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(out)] == ["1", "2"]
+    assert list(metrics(out)[0]) == exgrpo.METRICS
+    assert all(float(row["sampler_gap"]) < (0.5 if "--bf16" in extra else 1e-3) for row in metrics(out))
+    assert "==== step 2, question" in (out / "dialogues.txt").read_text()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    start = AutoModelForCausalLM.from_pretrained(tiny(kind)).state_dict()
+    assert model.state_dict().keys() == start.keys()
+    if "--aux-weight" not in extra and "--turns" not in extra:
+        assert any(not torch.equal(start[name], value) for name, value in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(out).chat_template == (
+        AutoTokenizer.from_pretrained(tiny(kind)).chat_template)
+
+
+def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
+    model, chat = exgrpo.load_model(tiny("gpt2"), torch.device("cpu"))
+    ids = torch.arange(2, 30)[None]
+    before = model(ids).logits.detach()
+    exgrpo.add_lora(model, 2, 8.0)
+    assert set(exgrpo.trainable(model)) and all(".A" in n or ".B" in n for n in exgrpo.trainable(model))
+    assert torch.equal(model(ids).logits, before)
+    with torch.no_grad():
+        for name, parameter in exgrpo.trainable(model).items():
+            parameter.normal_(std=0.3)
+    moved = model(ids).logits.detach()
+    assert not torch.allclose(moved, before, atol=1e-2)
+    with exgrpo.adapters_off(model) as reference:
+        assert torch.equal(reference(ids).logits, before)
+    assert torch.equal(model(ids).logits, moved)
+    exgrpo.merge_lora(model)
+    assert torch.allclose(model(ids).logits, moved, atol=1e-3)
+    assert not any(isinstance(module, exgrpo.LoRA) for module in model.modules())
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"]])
+def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra):
+    """D28: SIGKILL in the warm-up, SIGKILL among the ExGRPO steps, then --resume: the same weights to the
+    last bit, and the same logs, as the run that nobody disturbed. nano-aha repeats a batch here."""
+    flags = [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--student", tiny("llama"), *SMALL, *extra,
+             "--sft-epochs", "2", "--sft-batch-size", "24", "--steps", "6", "--save-every", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    quiet, broken = str(tmp_path / "quiet"), str(tmp_path / "broken")
+    subprocess.run([*flags, "--out", quiet], check=True, env=environment, capture_output=True)
+    for log, rows in (("sft.csv", 4), ("metrics.csv", 4)):  # header + 3 steps: one past a checkpoint
+        resume = ["--resume"] if os.path.exists(broken) else []
+        process = subprocess.Popen([*flags, "--out", broken, *resume], env=environment,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_lines(os.path.join(broken, log), rows, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run([*flags, "--out", broken, "--resume"], check=True, env=environment, capture_output=True)
+    assert same(weights(quiet), weights(broken))
+    assert same(weights(os.path.join(quiet, "sft")), weights(os.path.join(broken, "sft")))
+    for name in ("sft.csv", "dialogues.txt"):
+        with open(os.path.join(quiet, name)) as ours, open(os.path.join(broken, name)) as theirs:
+            assert ours.read() == theirs.read()
+    timeless = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")}
+                 for row in metrics(out)] for out in (quiet, broken)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 6
+
+
+def wait_for_lines(path, lines, process):
+    for _ in range(6000):
+        if process.poll() is not None:
+            raise AssertionError("the run ended before it could be killed")
+        if os.path.exists(path):
+            with open(path) as file:
+                if len(file.readlines()) >= lines:
+                    return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never grew to {lines} lines")
+
+
+def test_ctrl_c_saves_and_resume_goes_on(monkeypatch, capsys, tiny, tmp_path):
+    """The first signal finishes the step and saves it; nothing that was computed is lost."""
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 3, "--out", tmp_path / "run"]
+    own = exgrpo.log_step
+    monkeypatch.setattr(exgrpo, "log_step", lambda *a: own(*a) or os.kill(os.getpid(), signal.SIGTERM))
+    call(monkeypatch, *flags, expect=130)
+    assert "Saved after step 1" in capsys.readouterr().err
+    monkeypatch.setattr(exgrpo, "log_step", own)
+    call(monkeypatch, *flags, "--resume")
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["1", "2", "3"]
+    call(monkeypatch, *flags, "--resume")  # a finished run: nothing to do, nothing broken
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_reward_rises(monkeypatch, tiny, tmp_path):
+    """The only end-to-end proof. Each question also stands as a probe with a wrong answer, so that the
+    warm-up leaves a policy that is undecided between two answers; reinforcement must find the right one."""
+    rows = [{"ei": {}}]
+    for i, (question, right, wrong) in enumerate([("Sun?", "4", "7"), ("Moon?", "8", "5")]):
+        probe = {"rule": "R7", "probe": question, "rationale": "", "answer": wrong,
+                 "answer_type": "number", "consistent": True, "student_correct": None}
+        rows.append({"id": str(i), "question": question, "answer": right, "answer_type": "number",
+                     "rationale": "", "kept": True, "probes": [probe], "declined": []})
+    path = tmp_path / "probes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(monkeypatch, "--student", tiny("llama"), "--probes", path, "--out", tmp_path / "run", "--device",
+         "cpu", "--turns", 1, "--group-size", 8, "--questions-per-step", 2, "--max-new-tokens", 22,
+         "--sft-epochs", 150, "--sft-batch-size", 4, "--sft-lr", 5e-3, "--steps", 30, "--lr", 1e-3,
+         "--aux-weight", 0, "--save-every", 1000)
+    right = [(float(row["acc_full"]) + float(row["acc_partial"])) / 2 for row in metrics(tmp_path / "run")]
+    first, last = sum(right[:6]) / 6, sum(right[-6:]) / 6
+    assert 0.1 < first < 0.7, f"the warm-up should leave the policy undecided, not at {first:.2f}"
+    assert last > first + 0.25, f"accuracy went from {first:.2f} to {last:.2f}"
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+def write(tmp_path, *lines):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+HEADER = {"ei": {"teacher": "t"}}
+PROBE = {"rule": "R1", "probe": "p?", "rationale": "r", "answer": "1", "answer_type": "number",
+         "consistent": True, "student_correct": None}
+ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rationale": "", "kept": True,
+       "probes": [PROBE], "declined": []}
+
+
+@pytest.mark.parametrize("lines, saying", [
+    ([], ["no D_EI file", "ei.py"]),
+    ([ROW], ["bad.jsonl:1", "no D_EI file"]),
+    ([HEADER, "{broken"], ["bad.jsonl:2", "not JSON"]),
+    ([HEADER, "[1, 2]"], ["bad.jsonl:2", "object"]),
+    ([HEADER, '{"id": "\\ud83d"}'], ["bad.jsonl:2", "surrogate"]),
+    ([HEADER, ROW, "", ROW], ["bad.jsonl:3", "not JSON"]),
+    ([HEADER, ROW, ROW], ["bad.jsonl:3", '"a"', "bad.jsonl:2"]),
+    ([HEADER, {k: v for k, v in ROW.items() if k != "answer"}], ["bad.jsonl:2", '"answer"']),
+    ([HEADER, ROW | {"question": " "}], ["bad.jsonl:2", '"question" is empty']),
+    ([HEADER, ROW | {"answer_type": "poem"}], ["bad.jsonl:2", '"poem"', "yesno"]),
+    ([HEADER, ROW | {"answer": 3}], ["bad.jsonl:2", '"answer"']),
+    ([HEADER, ROW | {"kept": "yes"}], ["bad.jsonl:2", '"kept"']),
+    ([HEADER, ROW | {"probes": [PROBE | {"probe": ""}]}], ["bad.jsonl:2", '"probe" is empty']),
+    ([HEADER, ROW | {"probes": ["p?"]}], ["bad.jsonl:2", "probe"]),
+    ([HEADER, ROW | {"kept": False}], ["none of its 1 questions"]),
+    ([HEADER, ROW | {"probes": [PROBE | {"consistent": False}]}], ["none of its 1 questions"]),
+])
+def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp_path, lines, saying):
+    out = tmp_path / "run"
+    fails(monkeypatch, capsys, "--student", tiny("llama"), "--probes", write(tmp_path, *lines), "--out", out,
+          saying=saying)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("flags, saying", [
+    (["--turns", 50], ["--turns 50", "more than"]),
+    (["--group-size", 1], ["--group-size", "at least 2"]),
+    (["--temperature", 0], ["--temperature", "above 0"]),
+    (["--nu", 0.5], ["--nu", "at least 1"]),
+    (["--lr", "fast"], ["--lr"]),
+    (["--delta", "nan"], ["--delta"]),
+    (["--advantage", "best"], ["--advantage"]),
+    (["--unknown"], ["--unknown"]),
+    (["--probes", "missing.jsonl"], ["missing.jsonl"]),
+    (["--max-new-tokens", 100000], ["reads 4096", "--max-new-tokens"]),
+    (["--resume"], ["no run.json"]),
+    (["--device", "cuda"], ["--device cuda"]),
+])
+def test_bad_flags(monkeypatch, capsys, tiny, tmp_path, flags, saying):
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    fails(monkeypatch, capsys, "--student", tiny("llama"), "--probes", PROBES, "--out", tmp_path / "run",
+          *flags, saying=saying)
+
+
+def test_a_student_that_cannot_be_fetched(monkeypatch, capsys, tmp_path):
+    """Without a network: the resolved name, that it could not be fetched, and that a folder works."""
+    assert exgrpo.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert exgrpo.resolve_model("someone/model") == "someone/model"
+    fails(monkeypatch, capsys, "--student", "Qwen2.5-0.5B", "--probes", PROBES, "--out", tmp_path / "run",
+          saying=["Qwen/Qwen2.5-0.5B", "could not be fetched", "local folder"])
+    (tmp_path / "empty").mkdir()
+    fails(monkeypatch, capsys, "--student", tmp_path / "empty", "--probes", PROBES, "--out",
+          tmp_path / "run", saying=[str(tmp_path / "empty"), "no model"])
+
+
+def test_a_tokenizer_without_end_token(monkeypatch, capsys, tiny, tmp_path):
+    """A reply could never stop."""
+    for source in os.listdir(tiny("gpt2")):
+        content = open(os.path.join(tiny("gpt2"), source), "rb").read()
+        (tmp_path / source).write_bytes(content)
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        config = json.loads((tmp_path / name).read_text())
+        config.pop("eos_token", None)
+        if "eos_token_id" in config:
+            config["eos_token_id"] = None
+        (tmp_path / name).write_text(json.dumps(config))
+    fails(monkeypatch, capsys, "--student", tmp_path, "--probes", PROBES, "--out", tmp_path / "run",
+          saying=["no end token", "eos_token"])
+
+
+def test_another_run_is_never_overwritten(monkeypatch, capsys, tiny, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1, "--out", out]
+    call(monkeypatch, *flags)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    fails(monkeypatch, capsys, *flags, saying=["not empty", "--resume"])
+    fails(monkeypatch, capsys, *flags, "--resume", "--beta", 0.5, saying=["beta", "0.04", "0.5"])
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_no_space_left(monkeypatch, capsys, tiny, tmp_path):
+    """The checkpoint is written beside the old one, which stays whole when the disk is full."""
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--save-every", 1, "--out", tmp_path / "run"]
+    call(monkeypatch, *flags, "--steps", 1)
+    capsys.readouterr()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        call(patch, *flags, "--steps", 2, "--resume", expect=2)
+    assert "No space left" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    call(monkeypatch, *flags, "--steps", 2, "--resume")
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["1", "2"]
