@@ -543,11 +543,11 @@ def count(path):
                          for one in line["probes"]]
             right = [(one["rule"], "right") for one in line["probes"] if one["student_correct"]]
             kept, found = line["kept"], verdict(line, header.get("tau_hard"))
+            rules.update(outcomes + right + [(rule, "asked") for rule, _ in outcomes])
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{where}: no line of D_EI; README.md shows one")
         if kept != (found == "kept"):
             raise UserError(f'{where}: "kept" is {kept}, but by its probes the verdict is: {found}')
-        rules.update(outcomes + right + [(rule, "asked") for rule, _ in outcomes])
         reasons.update(reason for _, reason in rejected)
         verdicts[found] += 1
     return header, rules, reasons, verdicts
@@ -623,9 +623,12 @@ def gsm8k_rev(row):
     return row["question"], row["answer"], "number", row["explanation"]
 
 
+BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")  # 4 deep
+
+
 def math(row):
-    gold = reward.extract_answer(row["solution"], "math")  # the last \boxed{}
-    return gold and (row["problem"], gold, "math", row["solution"])
+    golds = BOXED.findall(row["solution"])
+    return golds and (row["problem"], golds[-1], "math", row["solution"])
 
 
 def tabmwp(row):
@@ -805,7 +808,7 @@ def make(teacher, student, questions, file, header, finished, args):
             header = b""
             kept += line["kept"]
             probes += sum(probe["consistent"] for probe in line["probes"])
-            bar.set_postfix(kept=kept, probes=probes)
+            bar.set_postfix(kept=kept, probes=probes, refresh=False)
             bar.update()
 
 

@@ -75,7 +75,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains every flag)")
 
     def format_help(self):
-        return super().format_help().replace(" (default: None)", "").replace(" (default: False)", "")
+        text = super().format_help()
+        return text.replace(" (default: None)", "").replace(" (default: False)", "")
 
 
 def at_least(low, kind=int, above=False):
@@ -553,7 +554,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
         prompts = [prompt for prompt in prompts for _ in range(group_size)]
         rows = range(len(prompts))
     else:
-        rows = range(len(cache.lengths)) if rows is None else rows
+        rows = range(len(cache.lengths)) if rows is None else rows  # in increasing order
         cache.active = torch.tensor(list(rows), device=device)
         logits = extend(model, cache, [ids[cache.lengths[row]:] for row, ids in zip(rows, prompts)])
     B, where = len(prompts), cache.active                    # where: each reply's row in the cache
@@ -698,6 +699,8 @@ def policy_loss(logps, old_logps, ref_logps, advantages, mask, *, epsilon, beta,
     """
     mask = mask.bool()
     n_tokens = mask.sum() if n_tokens is None else n_tokens
+    logps, old_logps, ref_logps = (  # not by a product: nan * 0 is nan
+        torch.where(mask, x, 0.0) for x in (logps, old_logps, ref_logps))
     U = advantages[:, None]
     # At the first update on fresh samples rho is 1, yet its gradient is that of log pi: REINFORCE.
     rho = torch.exp(logps - old_logps)                                              # per token
@@ -707,10 +710,9 @@ def policy_loss(logps, old_logps, ref_logps, advantages, mask, *, epsilon, beta,
     # of KL(pi_theta || pi_ref); GRPO uses it so. The clamp keeps exp finite if the policy has fled.
     gap = (ref_logps - logps).clamp(max=20.0)
     kl = torch.exp(gap) - gap - 1
-    loss = -torch.where(mask, objective - beta * kl, 0.0).sum() / n_tokens          # Eq. 7
+    loss = -((objective - beta * kl) * mask).sum() / n_tokens                       # Eq. 7
     clip = torch.where(U > 0, rho > 1 + epsilon, rho < 1 - epsilon) & (U != 0)
-    stats = {"kl": torch.where(mask, kl, 0.0).sum() / n_tokens,
-             "clip_share": (clip & mask).sum() / n_tokens}
+    stats = {"kl": (kl * mask).sum() / n_tokens, "clip_share": (clip & mask).sum() / n_tokens}
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -768,13 +770,12 @@ def load_checkpoint(args, stage, model, optimizer):
 
 
 def save_model(model, chat, folder):
-    """A plain Hugging Face folder: written beside, then moved in file by file, config.json last."""
-    staging = f"{folder.rstrip('/')}.tmp"
+    """A plain Hugging Face folder: written apart, then moved in file by file, config.json last."""
+    staging = os.path.join(folder, "saving.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     merge_lora(model)
     model.save_pretrained(staging)
     chat.tokenizer.save_pretrained(staging)
-    os.makedirs(folder, exist_ok=True)
     for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
         os.replace(os.path.join(staging, name), os.path.join(folder, name))
     os.rmdir(staging)
@@ -790,7 +791,7 @@ def append_csv(path, row):
                          for key, value in row.items()})
 
 
-FREE = ("resume", "steps", "save_every", "device", "out")  # flags that a resumed run may change
+FREE = ("resume", "steps", "save_every", "device", "out", "probes")  # may differ in a resumed run
 
 
 def open_run(args):
@@ -834,7 +835,6 @@ def prepare(args, source, device):
         add_lora(model, args.lora_rank, args.lora_alpha)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     return model, chat
 
 

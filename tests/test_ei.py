@@ -1,6 +1,6 @@
-"""ei.py: prompts, parsing, both filters, resume, and a teacher behind a real server on the loopback.
+"""ei.py: prompts, parsing, both filters, resume, and a teacher behind a real loopback server.
 
-The oracle below plays the teacher: it replies so that ei.py must make tests/data/probes.jsonl again.
+The oracle below plays the teacher: from its replies ei.py must make tests/data/probes.jsonl again.
 """
 import http.server
 import io
@@ -27,10 +27,11 @@ QUESTIONS = os.path.join(HERE, "data", "questions.jsonl")
 HEADER, ROWS = exgrpo.read_probes(os.path.join(HERE, "data", "probes.jsonl"))
 NUMBER_ROW = {"id": "n", "question": "5 hens lay 3 eggs each. How many eggs?", "answer": "15",
               "answer_type": "number", "rationale": "5 x 3 = 15."}
-GOOD = "PROBE: 4 hens lay 3 eggs each. How many eggs?\nREASONING: 4 x 3 = 12.\nTYPE: number\nANSWER: 12"
+GOOD = ("PROBE: 4 hens lay 3 eggs each. How many eggs?\nREASONING: 4 x 3 = 12.\n"
+        "TYPE: number\nANSWER: 12")
 
 
-# ------------------------------------------------------------------------------------ oracle and server
+# -------------------------------------------------------------------------------- oracle and server
 
 def stated(answer):
     return f"The answer is {answer}."
@@ -48,7 +49,8 @@ def oracle(turns):
         return "DECLINE"
     fault = {one["rule"]: one["reason"] for one in row["rejected"]}.get(rule)
     probe = next((p for p in row["probes"] if p["rule"] == rule), {
-        "probe": {"leaked": f"The answer is {row['answer']}. Is it?", "duplicate": row["question"]}.get(
+        "probe": {"leaked": f"The answer is {row['answer']}. Is it?",
+                  "duplicate": row["question"]}.get(
             fault, "Is it so?"), "rationale": "It is.", "answer_type": "yesno", "answer": "yes"})
     reply = ei.REPLY.format(types.SimpleNamespace(**probe))
     if fault and fault.startswith("unparsed: no "):
@@ -57,7 +59,7 @@ def oracle(turns):
 
 
 class Teacher(http.server.ThreadingHTTPServer):
-    """An OpenAI-compatible server. `faults`: what happens to the next requests, in place of an answer."""
+    """An OpenAI-compatible server. `faults`: what the next requests meet in place of an answer."""
 
     daemon_threads, request_queue_size = True, 64
 
@@ -126,7 +128,7 @@ def stub_student(dialogues):
 
 @pytest.fixture
 def run_ei(monkeypatch, capsys):
-    """run_ei(flags...) -> (exit code, stdout, stderr), in this process; --student stub is stub_student."""
+    """run_ei(flags...) -> (exit code, stdout, stderr), in this process; the student is a stub."""
     stub_student.about = "stub"
     monkeypatch.setattr(ei, "LocalModel", lambda name, args: stub_student)
     monkeypatch.setattr(ei.Server, "PAUSE", 0.001)
@@ -151,7 +153,7 @@ def stub_teacher(reply):
     return lambda dialogues: [(reply(turns), "") for turns in dialogues]
 
 
-# --------------------------------------------------------------------------------- prompts and parsing
+# ------------------------------------------------------------------------------ prompts and parsing
 
 def test_every_prompt_names_its_rule_and_all_demands():
     for rule in ei.RULES:
@@ -159,7 +161,8 @@ def test_every_prompt_names_its_rule_and_all_demands():
             prompt = ei.make_prompt(rule, row)
             assert len(prompt) == 3 and row["question"] in prompt[2] and row["answer"] in prompt[2]
             assert ei.RULES[rule].name in prompt[0] and ei.RULES[rule].definition in prompt[0]
-            for demand in ("PROBE:", "REASONING:", "TYPE:", "ANSWER:", "DECLINE", "repeat all facts"):
+            for demand in ("PROBE:", "REASONING:", "TYPE:", "ANSWER:", "DECLINE",
+                           "repeat all facts"):
                 assert demand in prompt[0]
             assert ("not contain the answer" in prompt[0]) == (rule not in ("R7", "R8"))
             assert ("melons" in prompt[1] + prompt[0]) == (row["answer_type"] == "number")
@@ -171,7 +174,8 @@ def test_every_worked_example_is_parsed_graded_and_accepted():
                                              (ei.SNOWMAN, "yesno", commonsense)):
             parsed = ei.parse_reply(ei.REPLY.format(example))
             assert parsed == example._asdict()
-            assert reward.is_correct(exgrpo.teacher_reply(parsed), example.answer, example.answer_type)
+            assert reward.is_correct(exgrpo.teacher_reply(parsed), example.answer,
+                                     example.answer_type)
             row = {**source, "answer_type": answer_type}
             assert rule in ei.MAY_STATE_ANSWER or not ei.leaks(example.probe, row)
 
@@ -182,7 +186,8 @@ def test_every_worked_example_is_parsed_graded_and_accepted():
     (GOOD.replace("12", "12 eggs"), None),
     ("PROBE: Warm?\nREASONING: It is.\nTYPE: Yes/No\nANSWER: Yes", None),
     ("PROBE: Which?\n(A) x\n(B) y\nREASONING: x.\nTYPE: choice\nANSWER: (A) x", None),
-    ("DECLINE", "declined"), ("**DECLINE**", "declined"), ("DECLINED: no premise to change", "declined"),
+    ("DECLINE", "declined"), ("**DECLINE**", "declined"),
+    ("DECLINED: no premise to change", "declined"),
     ("", "unparsed: no PROBE line"), ("The answer is 15.", "unparsed: no PROBE line"),
     (GOOD.replace("TYPE: number\n", ""), "unparsed: no TYPE line"),
     (GOOD + "\n\n" + GOOD, "unparsed: several PROBE lines"),
@@ -193,10 +198,12 @@ def test_every_worked_example_is_parsed_graded_and_accepted():
     (GOOD + " eggs, that is one dozen", "unparsed: ANSWER is not short"),
     (GOOD.replace("ANSWER: 12", "ANSWER: many"), "unparsed: ANSWER does not fit TYPE number"),
     (GOOD.replace("ANSWER: 12", "ANSWER: 10 to 12"), "unparsed: ANSWER does not fit TYPE number"),
-    (GOOD.replace("number", "choice").replace("R: 12", "R: A"), "unparsed: options are not (A), (B), ..."),
+    (GOOD.replace("number", "choice").replace("R: 12", "R: A"),
+     "unparsed: options are not (A), (B), ..."),
     ("PROBE: Which?\n(A) x\n(C) y\nREASONING: x.\nTYPE: choice\nANSWER: A",
      "unparsed: options are not (A), (B), ..."),
-    ("PROBE: Which?\n(A) x\n(B) y\nREASONING: x.\nTYPE: choice\nANSWER: C", "unparsed: ANSWER is no option"),
+    ("PROBE: Which?\n(A) x\n(B) y\nREASONING: x.\nTYPE: choice\nANSWER: C",
+     "unparsed: ANSWER is no option"),
     (GOOD + "x" * 10_000, "unparsed: longer than 10,000 characters"),
 ])
 def test_parsing_is_strict_and_says_why(reply, reason):
@@ -211,13 +218,16 @@ def test_parsing_is_strict_and_says_why(reply, reason):
 
 def garbled(rng):
     """A reply that was cut, shuffled, repeated, or filled with other characters."""
-    lines = rng.choice([GOOD, "DECLINE", ei.REPLY.format(ei.RULES[f"R{rng.randint(1, 10)}"].commonsense)])
+    lines = rng.choice([GOOD, "DECLINE",
+                        ei.REPLY.format(ei.RULES[f"R{rng.randint(1, 10)}"].commonsense)])
     lines = lines.split("\n")
     for _ in range(rng.randint(0, 3)):
         i = rng.randrange(len(lines))
-        lines[i:i + 1] = rng.choice([[], [lines[i]] * 2, [lines[i][rng.randint(0, 9):]], ["ANSWER: 1e999"],
-                                     [lines[i] + rng.choice("{}\\\0\ud800²−½_*:\u2028") * rng.randint(1, 30)],
-                                     ["TYPE: " + rng.choice(["text", "choice", "yesno", "math", ""])]])
+        lines[i:i + 1] = rng.choice([[], [lines[i]] * 2, [lines[i][rng.randint(0, 9):]],
+                                     ["ANSWER: 1e999"],
+                                     [lines[i] + rng.choice("{}\\\0\ud800²−½_*:\u2028") * 9],
+                                     ["TYPE: " + rng.choice(["text", "choice", "yesno", "math",
+                                                             ""])]])
         rng.shuffle(lines) if rng.random() < 0.2 else None
         lines = lines or [""]
     return "\n".join(lines)[:rng.choice([10, 60, 10_000])]
@@ -228,7 +238,8 @@ def fuzz(n, seed):
     row = NUMBER_ROW | {"question": "?"}
     outcomes = []
     for _ in range(n // 10):
-        line = ei.invert(stub_teacher(lambda turns: ei.whole(garbled(rng), False)[0]), row, list(ei.RULES))
+        line = ei.invert(stub_teacher(lambda turns: ei.whole(garbled(rng), False)[0]), row,
+                         list(ei.RULES))
         for one in line["rejected"]:
             assert re.match("unparsed: .|leaked$|duplicate$", one["reason"])
         ei.dump(line).decode()
@@ -257,21 +268,29 @@ def test_parsing_time_is_linear(text):
     assert time.perf_counter() - start < 0.5
 
 
-CHOICE_ROW = {"question": "Where do fish sleep?\n(A) in water\n(B) in trees\n(C) in bed", "answer": "A",
+CHOICE_ROW = {"question": "Where do fish sleep?\n(A) in water\n(B) in trees\n(C) in bed",
+              "answer": "A",
               "answer_type": "choice"}
 
 
 @pytest.mark.parametrize("probe, row, leaked", [
     ("Are there 15 eggs?", NUMBER_ROW, True), ("Are there 15.0 eggs?", NUMBER_ROW, True),
-    ("Are there $15, or more?", NUMBER_ROW, True), ("Are there 150 eggs or 3.15?", NUMBER_ROW, False),
+    ("Are there $15, or more?", NUMBER_ROW, True),
+    ("Are there 150 eggs or 3.15?", NUMBER_ROW, False),
     ("5 hens lay 3 eggs?", NUMBER_ROW | {"answer": "5"}, False),  # 5 stands in the question as well
-    ("1,234 eggs?", NUMBER_ROW | {"answer": "1234"}, True), ("-3 degrees?", NUMBER_ROW | {"answer": "3"}, False),
-    ("Why do fish sleep in water?", CHOICE_ROW, True), ("Do fish sleep in trees?", CHOICE_ROW, False),
-    ("Which is wetter, in water or in bed?", CHOICE_ROW, False), ("The answer is A. Why?", CHOICE_ROW, True),
+    ("1,234 eggs?", NUMBER_ROW | {"answer": "1234"}, True),
+    ("-3 degrees?", NUMBER_ROW | {"answer": "3"}, False),
+    ("Why do fish sleep in water?", CHOICE_ROW, True),
+    ("Do fish sleep in trees?", CHOICE_ROW, False),
+    ("Which is wetter, in water or in bed?", CHOICE_ROW, False),
+    ("The answer is A. Why?", CHOICE_ROW, True),
     ("Is yes a word?", {"question": "Is it?", "answer": "yes", "answer_type": "yesno"}, False),
-    ("The answer is yes. Why?", {"question": "Is it?", "answer": "yes", "answer_type": "yesno"}, True),
-    ("Why Thursday?", {"question": "Which day?", "answer": "Thursday", "answer_type": "text"}, True),
-    ("Why Thursdays?", {"question": "Which day?", "answer": "Thursday", "answer_type": "text"}, False)])
+    ("The answer is yes. Why?", {"question": "Is it?", "answer": "yes", "answer_type": "yesno"},
+     True),
+    ("Why Thursday?", {"question": "Which day?", "answer": "Thursday", "answer_type": "text"},
+     True),
+    ("Why Thursdays?", {"question": "Which day?", "answer": "Thursday", "answer_type": "text"},
+     False)])
 def test_gold_answers_in_a_probe_are_found(probe, row, leaked):
     assert ei.leaks(probe, row) == leaked
 
@@ -284,12 +303,14 @@ def test_copies_are_dropped_and_counterfactuals_are_not():
     assert not ei.repeats("4 hens lay 3 eggs each. How many eggs?", seen)
 
 
-# ----------------------------------------------------------------------------------------- the filters
+# -------------------------------------------------------------------------------------- the filters
 
 def test_keep_question_truth_table():
-    table = {(n, m, tau): ei.keep_question(n, m, tau) for m in range(4) for n in range(m + 1) for tau in range(4)}
+    table = {(n, m, tau): ei.keep_question(n, m, tau) for m in range(4) for n in range(m + 1)
+             for tau in range(4)}
     kept = {key for key, value in table.items() if value}
-    assert kept == {(0, 1, 0), (0, 2, 0), (1, 2, 0), (1, 2, 1), (0, 3, 0), (1, 3, 0), (2, 3, 0), (1, 3, 1),
+    assert kept == {(0, 1, 0), (0, 2, 0), (1, 2, 0), (1, 2, 1), (0, 3, 0), (1, 3, 0), (2, 3, 0),
+                    (1, 3, 1),
                     (2, 3, 1), (2, 3, 2)}
 
 
@@ -298,19 +319,24 @@ def test_eq1_asks_the_question_behind_the_probe_as_turns():
 
     def teacher(dialogues):
         asked.extend(dialogues)
-        return [(GOOD if "The kind of probe" in turns[0] else stated(15), "") for turns in dialogues]
+        return [(GOOD if "The kind of probe" in turns[0] else stated(15), "")
+                for turns in dialogues]
     line = ei.invert(teacher, NUMBER_ROW, ["R1", "R3"])
-    assert [p["consistent"] for p in line["probes"]] == [True] and line["rejected"][0]["reason"] == "duplicate"
+    assert [p["consistent"] for p in line["probes"]] == [True]
+    assert line["rejected"] == [{"rule": "R3", "reason": "duplicate"}]
     assert asked[-1] == [exgrpo.ask("4 hens lay 3 eggs each. How many eggs?", "number"),
-                         "4 x 3 = 12. The answer is 12.", exgrpo.ask(NUMBER_ROW["question"], "number")]
+                         "4 x 3 = 12. The answer is 12.",
+                         exgrpo.ask(NUMBER_ROW["question"], "number")]
 
 
 def test_a_cut_off_reply_passes_no_filter():
-    line = ei.invert(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off") for d in ds],
+    line = ei.invert(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off")
+                                 for d in ds],
                      NUMBER_ROW, ["R1"])
     assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: cut off"}]
     probe = {"consistent": True, "probe": "x", "answer": "1", "answer_type": "number"}
-    ei.select(lambda ds: [(stated(1), "cut off")], line := {"probes": [probe], "rejected": []}, 1)
+    line = {"probes": [probe], "rejected": []}
+    ei.select(lambda ds: [(stated(1), "cut off")], line, 1)
     assert probe["student_correct"] is False and not line["kept"]
 
 
@@ -326,14 +352,15 @@ def test_a_missing_rationale_is_the_teachers_or_the_question_goes(text, rational
 
 
 def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
-    """Both filters, every reason and every key: the oracle's answers must give exactly its own file."""
+    """Both filters, every reason and every key: the oracle's answers must give its own file."""
     with Teacher() as server:
         code, out, err = run_ei("--teacher", server.url, "--student", "stub", "--data", QUESTIONS,
                               "--out", tmp_path / "p.jsonl")
     assert code == 0, err
     assert exgrpo.read_probes(tmp_path / "p.jsonl")[1] == ROWS
     table = out[out.index("probes   "):]
-    assert re.search(r"\nall +120 +12 +3 +3 +2 +8 +92 +76.7 \(68.3 - 83.3\) +57.6 \(47.4 - 67.2\)\n", table)
+    total = r"all +120 +12 +3 +3 +2 +8 +92 +76.7 \(68.3 - 83.3\) +57.6 \(47.4 - 67.2\)\n"
+    assert re.search(total, table)
     assert "12: no reasoning 0, no probe left 0, too hard 1, too easy 1, kept 10\n" in table
     assert f"{len(server.requests)} requests, {7 * len(server.requests):,} prompt tokens" in out
     code, again, _ = run_ei("--report", tmp_path / "p.jsonl")
@@ -342,13 +369,14 @@ def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
 
 def test_without_a_student_eq2_is_skipped_and_said(run_ei, tmp_path):
     with Teacher() as server:
-        code, out, _ = run_ei("--teacher", server.url, "--data", QUESTIONS, "--out", tmp_path / "p.jsonl")
+        code, out, _ = run_ei("--teacher", server.url, "--data", QUESTIONS, "--out",
+                              tmp_path / "p.jsonl")
     rows = exgrpo.read_probes(tmp_path / "p.jsonl")[1]
     assert code == 0 and all(row["kept"] for row in rows) and "Eq. 2 was skipped" in out
     assert {p["student_correct"] for row in rows for p in row["probes"]} == {None}
 
 
-# ------------------------------------------------------------------------------------------------ resume
+# ------------------------------------------------------------------------------------------- resume
 
 @pytest.fixture(scope="module")
 def server():
@@ -367,31 +395,32 @@ def undisturbed(run_ei, server, tmp_path, *more):
 
 
 def test_a_run_cut_at_any_byte_ends_in_the_same_file(run_ei, server, tmp_path):
-    """A torn line, a torn header, a finished file: no byte differs, and no finished call is repeated."""
-    whole, path, rng = undisturbed(run_ei, server, tmp_path), tmp_path / "p.jsonl", random.Random(1)
+    """A torn line, a torn header, a finished file: no byte differs, no call is repeated."""
+    small, path, rng = ("--limit", "5"), tmp_path / "p.jsonl", random.Random(1)
+    whole = undisturbed(run_ei, server, tmp_path, *small)
     header = whole.index(b"\n")
-    for cut in [0, 1, header, header + 1, len(whole) - 1, len(whole)] + rng.sample(range(len(whole)), 14):
+    cuts = [0, 1, header, header + 1, len(whole) - 1, len(whole)]
+    for cut in cuts + rng.sample(range(len(whole)), 14):
         path.write_bytes(whole[:cut])
         server.requests.clear()
-        code, out, _ = run_ei(*flags(server, path))
+        code, out, _ = run_ei(*flags(server, path), *small)
         done = max(0, whole[:cut].count(b"\n") - 1)
         assert code == 0 and path.read_bytes() == whole and f"{done} questions in it" in out
         assert ("half-written" in out) == (cut > 0 and whole[cut - 1:cut] != b"\n")
-        asked = {row["id"] for row in ROWS for turns in server.requests if row["question"] in turns[-1]}
-        assert asked == {row["id"] for row in ROWS[done:]}
+        asked = {row["id"] for row in ROWS for turns in server.requests
+                 if row["question"] in turns[-1]}
+        assert asked == {row["id"] for row in ROWS[done:5]}
 
 
-def test_sigkill_twice_and_finish_equals_one_run(run_ei, server, tmp_path):
+def test_sigkill_and_finish_equals_one_run(run_ei, server, tmp_path):
     whole, path = undisturbed(run_ei, server, tmp_path), tmp_path / "p.jsonl"
     server.delay = 0.02
-    for limit in (60, 90):
-        server.requests.clear()
-        process = subprocess.Popen([sys.executable, "ei.py", *flags(server, path)], cwd=os.path.dirname(HERE),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(server.requests) < limit and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and len(path.read_bytes()) < len(whole)
+    process = subprocess.Popen([sys.executable, "ei.py", *flags(server, path)],
+                               cwd=os.path.dirname(HERE), stderr=subprocess.DEVNULL)
+    while len(server.requests) < 120 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and 0 < len(path.read_bytes()) < len(whole)
     server.delay = 0.0
     assert run_ei(*flags(server, path))[0] == 0 and path.read_bytes() == whole
 
@@ -415,14 +444,17 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
     mine = [*flags(server, path), "--data", data]
     assert run_ei(*mine, "--limit", "2")[0] == 0
     before = path.read_bytes()
-    for extra, word in ((["--tau-hard", "2"], "tau_hard = 1, not 2"), (["--rules", "R1"], "rules = "),
+    for extra, word in ((["--tau-hard", "2"], "tau_hard = 1, not 2"),
+                        (["--rules", "R1"], "rules = "),
                         (["--student", "x"], "student = None, not 'x'")):
         code, _, err = run_ei(*mine, *extra)
         assert code == 2 and word in err and err.count("\n") == 1 and path.read_bytes() == before
     data.write_text("".join(open(QUESTIONS).readlines()[1:]))
     code, _, err = run_ei(*mine)
-    assert code == 2 and "the data has changed" in err and "p.jsonl:2" in err and path.read_bytes() == before
-    for content in (b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n", b'{"ei": []}\n'):
+    assert code == 2 and "the data has changed" in err and "p.jsonl:2" in err
+    assert path.read_bytes() == before
+    for content in (b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n",
+                    b'{"ei": []}\n'):
         path.write_bytes(content)
         code, _, err = run_ei(*flags(server, path))
         assert code == 2 and "not made by this ei.py" in err and path.read_bytes() == content
@@ -438,7 +470,7 @@ def test_a_run_that_never_began_leaves_nothing_in_the_way(run_ei, server, tmp_pa
     assert run_ei(*flags(server, path), "--limit", "1")[0] == 0
 
 
-# ------------------------------------------------------------------------------------- the server's faults
+# ------------------------------------------------------------------------------ the server's faults
 
 def test_output_keeps_the_input_order_under_concurrency(run_ei, tmp_path):
     with Teacher(delay=0.02) as server:
@@ -448,8 +480,9 @@ def test_output_keeps_the_input_order_under_concurrency(run_ei, tmp_path):
     assert 2 <= server.most_busy <= 8
 
 
-@pytest.mark.parametrize("faults", [[429] * 5, [500, 503, 502], ["closed"] * 3, [b"<html>", b"", b"[]", b"{}"],
-                                    [b'{"choices": []}', b'{"choices": [{"message": null}]}'], [408, 504]])
+@pytest.mark.parametrize("faults", [
+    [429] * 5, [500, 503, 502], [408, 504], ["closed"] * 3, [b"<html>", b"", b"[]", b"{}"],
+    [b'{"choices": []}', b'{"choices": [{"message": null}]}']])
 def test_passing_faults_change_nothing(run_ei, server, tmp_path, faults):
     small = ("--limit", "2", "--concurrency", "1")
     whole, path = undisturbed(run_ei, server, tmp_path, *small), tmp_path / "p.jsonl"
@@ -460,9 +493,12 @@ def test_passing_faults_change_nothing(run_ei, server, tmp_path, faults):
 
 
 @pytest.mark.parametrize("fault, calls, words", [
-    (401, 1, "TEACHER_API_KEY"), (403, 1, "TEACHER_API_KEY"), (404, 1, "--teacher-model"), (422, 1, "refused"),
-    (429, 6, "6 times in a row"), (500, 6, "6 times"), (b"garbage", 6, "6 times"), ("closed", 6, "6 times")])
-def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_path, fault, calls, words):
+    (401, 1, "TEACHER_API_KEY"), (403, 1, "TEACHER_API_KEY"), (404, 1, "--teacher-model"),
+    (422, 1, "refused"),
+    (429, 6, "6 times in a row"), (500, 6, "6 times"), (b"garbage", 6, "6 times"),
+    ("closed", 6, "6 times")])
+def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_path, fault, calls,
+                                                         words):
     small = ("--limit", "2", "--concurrency", "1")
     whole, path = undisturbed(run_ei, server, tmp_path, *small), tmp_path / "p.jsonl"
     run_ei(*flags(server, path), "--limit", "1")
@@ -472,7 +508,7 @@ def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_pat
     server.faults = []
     lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error")]
     assert code == 2 and len(lines) == 1 and words in lines[0] and len(server.requests) == calls
-    assert "Traceback" not in err and whole.startswith(path.read_bytes()) and path.read_bytes().count(b"\n") == 2
+    assert "Traceback" not in err and path.read_bytes() == b"".join(whole.splitlines(True)[:2])
     assert run_ei(*flags(server, path), *small)[0] == 0 and path.read_bytes() == whole
 
 
@@ -485,21 +521,23 @@ def test_a_failure_stops_the_other_threads(run_ei, tmp_path):
 def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
     def body(content, reason="stop"):
         return json.dumps({"choices": [{"index": 0, "finish_reason": reason,
-                                        "message": {"role": "assistant", "content": content}}]}).encode()
+                                        "message": {"role": "assistant",
+                                                    "content": content}}]}).encode()
     server.faults = [body("x" * 10_000_000), body(None), body(GOOD, "length"), 400, body("\ud800"),
                      body("<think>PROBE: no</think>DECLINE")]
     path = tmp_path / "p.jsonl"
     code, _, err = run_ei(*flags(server, path), "--concurrency", "1", "--limit", "1")
     server.faults = []
     line = exgrpo.read_probes(path)[1][0]
-    assert code == 0 and line["declined"] == ["R6"] and [one["reason"] for one in line["rejected"]] == [
+    assert code == 0 and line["declined"] == ["R6"], err
+    assert [one["reason"] for one in line["rejected"]] == [
         "unparsed: longer than 10,000 characters", "unparsed: no PROBE line",
         "unparsed: cut off by the token limit", "unparsed: prompt too long for the model",
-        "unparsed: no PROBE line"], err
+        "unparsed: no PROBE line"]
 
 
 def test_no_key_leaves_its_place(run_ei, tmp_path, monkeypatch):
-    """InferenceClient sends the saved Hugging Face token to any base URL that has no key of its own."""
+    """InferenceClient sends the user's Hugging Face token to any URL without a key of its own."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with Teacher() as server:
         run_ei(*flags(server, tmp_path / "1.jsonl"), "--limit", "1")
@@ -515,23 +553,26 @@ def test_no_key_leaves_its_place(run_ei, tmp_path, monkeypatch):
 
 def test_offline_mode_is_said(run_ei, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    code, _, err = run_ei("--teacher", "http://127.0.0.1:9", "--data", QUESTIONS, "--out", tmp_path / "p.jsonl")
+    code, _, err = run_ei("--teacher", "http://127.0.0.1:9", "--data", QUESTIONS, "--out",
+                          tmp_path / "p.jsonl")
     assert code == 2 and "HF_HUB_OFFLINE" in err and err.count("\n") == 1
 
 
 def test_work_runs_ahead_by_a_bounded_amount():
     drawn = []
-    results = ei.in_order(lambda i: i * i, (drawn.append(i) or i for i in range(1000)), 3, threading.Event())
+    results = ei.in_order(lambda i: i * i, (drawn.append(i) or i for i in range(1000)), 3,
+                          threading.Event())
     for n, result in enumerate(results):
         assert result == n * n and len(drawn) <= n + 12
 
 
-# ------------------------------------------------------------------------------ local models and bad input
+# ----------------------------------------------------------------------- local models and bad input
 
 def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_path):
-    """A random model's replies are all rejected, with reasons; prompts beyond its context are counted too."""
+    """A random model's replies are rejected, with reasons, and so are prompts over its context."""
     folder, path = tiny("gpt2"), tmp_path / "p.jsonl"
-    monkeypatch.setattr(sys, "argv", ["ei.py", "--teacher", folder, "--student", folder, "--data", QUESTIONS,
+    monkeypatch.setattr(sys, "argv",
+                        ["ei.py", "--teacher", folder, "--student", folder, "--data", QUESTIONS,
                                       "--limit", "1", "--max-new-tokens", "8", "--rules", "R1,R8",
                                       "--out", str(path), "--device", "cpu"])
     with pytest.raises(SystemExit) as end:
@@ -539,7 +580,8 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
     line, = exgrpo.read_probes(path)[1]
     reasons = {one["reason"] for one in line["rejected"]}
     assert not end.value.code and len(line["rejected"]) == 2 and not line["kept"]
-    assert reasons <= {"unparsed: cut off by the token limit", "unparsed: prompt too long for the model",
+    assert reasons <= {"unparsed: cut off by the token limit",
+                       "unparsed: prompt too long for the model",
                        "unparsed: no PROBE line"}
     assert "no probe left 1" in capsys.readouterr().out
 
@@ -556,7 +598,8 @@ def test_bad_questions_end_in_one_line(run_ei, tmp_path, content, words):
 
 
 @pytest.mark.parametrize("change, words", [({"question": " "}, '"question" is empty'),
-                                           ({"answer_type": "essay"}, 'unknown answer_type "essay"'),
+                                           ({"answer_type": "essay"},
+                                            'unknown answer_type "essay"'),
                                            ({"id": "rolls"}, 'the id "rolls" stands at')])
 def test_bad_rows_name_their_line(run_ei, tmp_path, change, words):
     rows = [json.loads(line) for line in open(QUESTIONS)]
@@ -567,12 +610,16 @@ def test_bad_rows_name_their_line(run_ei, tmp_path, change, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "gsm9k"], "sqa, csqa, arc, math, gsm8k, tabmwp, anli, date, boolq, obqa, esnli, gsm8k_rev"),
-    (["--data", "."], "none of the datasets"), (["--data", "missing.jsonl"], "cannot read missing.jsonl"),
+    (["--data", "gsm9k"],
+     "sqa, csqa, arc, math, gsm8k, tabmwp, anli, date, boolq, obqa, esnli, gsm8k_rev"),
+    (["--data", "."], "neither a .jsonl file"),
+    (["--data", "missing.jsonl"], "cannot read missing.jsonl"),
     (["--data", "gsm8k", "--split", "dev"], "--split dev"), (["--rules", "R1,R11"], "--rules"),
     (["--data", "gsm8k_rev"], "gsm8k_rev has no such split"), (["--rules", "R1,R1"], "--rules"),
-    (["--tau-hard", "-1"], "--tau-hard"), (["--limit", "0"], "--limit"), (["--frobnicate"], "--frobnicate"),
-    (["--out", "no/such/folder/p.jsonl"], "no/such/folder"), (["--report", QUESTIONS], "no D_EI file"),
+    (["--tau-hard", "-1"], "--tau-hard"), (["--limit", "0"], "--limit"),
+    (["--frobnicate"], "--frobnicate"),
+    (["--out", "no/such/folder/p.jsonl"], "no/such/folder"),
+    (["--report", QUESTIONS], "no D_EI file"),
     (["--report", "missing.jsonl"], "cannot read")])
 def test_bad_flags_end_in_one_line(run_ei, flags, words):
     code, _, err = run_ei("--teacher", "http://x", "--data", QUESTIONS, *flags)
@@ -587,7 +634,8 @@ def test_a_missing_toy_is_said(run_ei, tmp_path, monkeypatch):
 
 def test_a_report_trusts_no_line(run_ei, tmp_path):
     path = tmp_path / "p.jsonl"
-    for change, words in (({"kept": False}, "by its probes the verdict is: kept"), ({"probes": 3}, "no line of D_EI")):
+    for change, words in (({"kept": False}, "by its probes the verdict is: kept"),
+                          ({"probes": 3}, "no line of D_EI")):
         path.write_text(json.dumps({"ei": HEADER}) + "\n" + json.dumps(ROWS[0] | change) + "\n")
         code, _, err = run_ei("--report", path)
         assert code == 2 and words in err and "p.jsonl:2" in err and err.count("\n") == 1
@@ -599,10 +647,10 @@ def test_dry_run_prints_every_prompt_and_the_bill(run_ei):
     assert "12 questions: 120 calls for reasoning and probes, at most 120 more for Eq. 1" in out
 
 
-# -------------------------------------------------------------------------------------------- the datasets
+# ------------------------------------------------------------------------------------- the datasets
 
 CHOICES = {"text": ["a lamp", "a rope", "a bell"], "label": ["1", "2", "3"]}
-PUBLISHED = {  # an invented row in each dataset's own format -> question's end, answer, type, rationale
+PUBLISHED = {  # invented rows in their true format, and question's end, answer, type, rationale
     "gsm8k": ({"question": "Q?", "answer": "2 x 600 = <<2*600=1200>>1200.\n#### 1,200"},
               ("Q?", "1200", "number", "2 x 600 = 1200.")),
     "gsm8k_rev": ({"id": "x", "question": "Q?", "answer": "5", "explanation": "e", "wrong": ""},
@@ -611,7 +659,8 @@ PUBLISHED = {  # an invented row in each dataset's own format -> question's end,
              ("P", r"\frac{1}{2}", "math", r"So $\boxed{\frac{1}{2}}$.")),
     "sqa": ({"qid": "1", "term": "t", "question": "Is it?", "answer": False, "facts": ["F.", "G."]},
             ("Is it?", "no", "yesno", "F. G.")),
-    "csqa": ({"id": "1", "question": "Which?", "question_concept": "c", "choices": CHOICES, "answerKey": "3"},
+    "csqa": ({"id": "1", "question": "Which?", "question_concept": "c", "choices": CHOICES,
+              "answerKey": "3"},
              ("Which?\n(A) a lamp\n(B) a rope\n(C) a bell", "C", "choice", "")),
     "arc": ({"id": "1", "question": "Which?", "choices": CHOICES, "answerKey": "1"},
             ("Which?\n(A) a lamp\n(B) a rope\n(C) a bell", "A", "choice", "")),
@@ -620,20 +669,25 @@ PUBLISHED = {  # an invented row in each dataset's own format -> question's end,
     "boolq": ({"question": "is it warm", "passage": "It is warm.", "answer": True},
               ("It is warm.\nAccording to this text: is it warm?", "yes", "yesno", "")),
     "anli": ({"uid": "1", "premise": "P.", "hypothesis": "H.", "label": 1, "reason": "r"},
-             ("(B) nothing certain (neutral)\n(C) it is false (contradiction)", "B", "choice", "r")),
-    "esnli": ({"premise": "P.", "hypothesis": "H.", "label": 2, "explanation_1": "e", "explanation_2": ""},
-              ("(B) nothing certain (neutral)\n(C) it is false (contradiction)", "C", "choice", "e")),
-    "tabmwp": ({"question": "How much?", "choices": None, "answer": "1.50", "unit": "$", "table_title": None,
+             ("(B) nothing certain (neutral)\n(C) it is false (contradiction)", "B", "choice",
+              "r")),
+    "esnli": ({"premise": "P.", "hypothesis": "H.", "label": 2, "explanation_1": "e",
+               "explanation_2": ""},
+              ("(B) nothing certain (neutral)\n(C) it is false (contradiction)", "C", "choice",
+               "e")),
+    "tabmwp": ({"question": "How much?", "choices": None, "answer": "1.50", "unit": "$",
+                "table_title": None,
                 "table": "pen | $1.50", "solution": "s", "grade": 1},
                ("Table\npen | $1.50\n\nHow much? (in $)", "1.50", "number", "s")),
-    "date": ({"idx": 1, "inputs": "Q: Today is 1/2/1990. What is the date tomorrow in MM/DD/YYYY?\nA:",
+    "date": ({"idx": 1,
+              "inputs": "Q: Today is 1/2/1990. What is the date tomorrow in MM/DD/YYYY?\nA:",
               "targets": ["01/03/1990"], "multiple_choice_scores": [1, 0, 0],
               "multiple_choice_targets": ["01/03/1990", "01/03/1991", "01/01/1990"]}, None)}
 
 
 @pytest.fixture
 def published(monkeypatch):
-    """The package datasets and the web, as far as ei.py uses them: every data set holds its row above."""
+    """The package datasets and the web, as far as ei.py uses them: they hold the rows above."""
     asked = []
 
     def load_dataset(source, config, split, streaming):
@@ -659,13 +713,14 @@ def test_every_dataset_is_mapped(published, name):
     assert reward.is_correct(stated(row["answer"]), row["answer"], row["answer_type"])
     if name != "date":
         end, *rest = PUBLISHED[name][1]
-        assert row["question"].endswith(end) and [row["answer"], row["answer_type"], row["rationale"]] == rest
+        assert row["question"].endswith(end)
+        assert [row["answer"], row["answer_type"], row["rationale"]] == rest
     assert ("validation" in str(published)) == (name in ("csqa", "date", "boolq"))
 
 
 def test_date_options_are_shuffled_the_same_way_each_time(published):
     row, = ei.load_questions("date")
-    assert row == ei.load_questions("date")[0] and row["question"].startswith("Today is 1/2/1990. What")
+    assert row == ei.load_questions("date")[0] and row["question"].startswith("Today is 1/2/1990.")
     assert f"\n({row['answer']}) 01/03/1990" in row["question"] and "A:" not in row["question"]
     rights = {ei.date(PUBLISHED["date"][0] | {"inputs": f"Day {i}?"})[1] for i in range(30)}
     assert rights == {"A", "B", "C"}
@@ -675,7 +730,8 @@ def test_rows_without_gold_are_skipped_and_choices_of_tables_lettered():
     assert not ei.nli({"premise": "", "hypothesis": "", "label": -1})
     assert not ei.math({"problem": "P", "solution": "no box"})
     row = PUBLISHED["tabmwp"][0] | {"choices": ["pen", "cup"], "answer": "cup"}
-    assert ei.tabmwp(row)[0].endswith("How much?\n(A) pen\n(B) cup") and ei.tabmwp(row)[1:3] == ("B", "choice")
+    question, *rest = ei.tabmwp(row)
+    assert question.endswith("How much?\n(A) pen\n(B) cup") and rest == ["B", "choice", "s"]
 
 
 def test_without_the_package_or_the_network_one_line_says_so(run_ei, monkeypatch):

@@ -1,0 +1,65 @@
+"""The README says what is so: its commands parse, its tables are those of the code."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import ei
+import evaluate
+import exgrpo
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+    README = file.read()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+            for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+SCRIPTS = {"ei.py": ei, "exgrpo.py": exgrpo, "evaluate.py": evaluate}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_flags_that_exist(monkeypatch, command):
+    """DPO's README names an option that has no file, rasbt's names paths that are gone."""
+    script, *flags = shlex.split(command)[1:]
+    if script in SCRIPTS:
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        SCRIPTS[script].parse_args()
+    elif script != "-m":
+        assert os.path.exists(os.path.join(ROOT, script))
+
+
+def test_the_laptop_commands_run(tmp_path):
+    """The commands under "On a laptop", as written, in a copy of the checkout."""
+    section = README.split("## On a laptop")[1].split("\n## ")[0]
+    commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    for name in [*SCRIPTS, "reward.py", "tests"]:
+        os.symlink(os.path.join(ROOT, name), tmp_path / name)
+    for command in commands:
+        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs" / "first" / "config.json").exists()
+
+
+def test_line_counts_are_those_of_the_files():
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            assert len(file.readlines()) == int(lines), f"{name} has another number of lines"
+
+
+def test_every_metric_is_explained():
+    glossary = README.split("## What a run writes")[1].split("\n## ")[0]
+    assert [name for name in exgrpo.METRICS if f"`{name}`" not in glossary] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as leaving:
+        SCRIPTS[script].parse_args()
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for flag in re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^  {flag}\b[^\n]*(\n +\S|  \S)", text, re.MULTILINE), f"{flag} has no help"
