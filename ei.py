@@ -554,7 +554,7 @@ def count(path):
 
 
 def report(path):
-    """Prints what each filter did, recomputed from the file alone; shares with 95 % intervals."""
+    """Prints what each filter did, from the file alone; returns the number of questions kept."""
     header, rules, reasons, verdicts = count(path)
     names = [rule for rule in RULES if rules[rule, "asked"]]
     for column in (*COLUMNS, "right"):
@@ -574,6 +574,7 @@ def report(path):
           + f"\nkept       {share(verdicts['kept'], n)} %")
     if not header.get("student"):
         print("Eq. 2 was skipped, because there was no --student")
+    return verdicts["kept"]
 
 
 # ------------------------------------------------------------------------------------ the questions
@@ -771,10 +772,12 @@ def dry_run(questions, rules):
 def main():
     args = parse_args()
     if args.report:
-        return report(args.report)
+        report(args.report)
+        return
     questions = itertools.islice(stream_questions(args.data, args.split), args.limit)
     if args.dry_run:
-        return dry_run(questions, args.rules)
+        dry_run(questions, args.rules)
+        return
     first = list(itertools.islice(questions, 1))
     if not first:
         raise UserError(f"{args.data} holds no question")
@@ -790,10 +793,13 @@ def main():
               f"data     {args.data}, {args.split}; {len(args.rules)} rules\n"
               f"output   {args.out}, {finished:,} questions in it", flush=True)
         make(teacher, student, questions, file, header, finished, args)
-    report(args.out)
+    n_kept = report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
-    print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}\n"
-          f"next: python exgrpo.py --student {args.student or 'STUDENT'} --probes {args.out}")
+    print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}")
+    if n_kept:
+        print(f"next: python exgrpo.py --student {args.student or 'STUDENT'} --probes {args.out}")
+    else:
+        print("No question was kept, so there is nothing to train on: try a stronger teacher")
 
 
 def make(teacher, student, questions, file, header, finished, args):

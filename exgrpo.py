@@ -179,14 +179,12 @@ def atomic(path):
 # -------------------------------------------------------------------------------------------- model
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there; any other name as it is."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA GPU; use --device auto")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine has no usable Apple GPU; use --device auto")
+    """"auto" is the first of cuda, mps and cpu that this machine has."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+              "cpu": True}
+    name = next(key for key in usable if usable[key]) if name == "auto" else name
+    if not usable[name]:
+        raise UserError(f"--device {name}: torch finds none on this machine; try --device auto")
     return torch.device(name)
 
 
@@ -820,7 +818,10 @@ def open_run(args):
             file.write(json.dumps(mine, indent=1).encode())
 
 
-def leave_if_stopped(args, stage, step):
+def end_step(args, stage, step, last, model, optimizer):
+    """A checkpoint every --save-every steps, after the last one, and when we were asked to stop."""
+    if step % args.save_every == 0 or step == last or STOP.is_set():
+        save_checkpoint(args, stage, step, model, optimizer)
     if STOP.is_set():
         raise KeyboardInterrupt(f"Saved after step {step} of {stage}: go on with --resume")
 
@@ -838,25 +839,17 @@ def prepare(args, source, device):
     return model, chat
 
 
-def single_turn(chat, user, reply):
-    """A dialogue of one teacher-forced turn: prompt ids + reply ids + end token, so that the mask
-    never rests on a prefix that was tokenised a second time."""
+def teacher_dialogue(chat, rows):
+    """The teacher's dialogue over some probes (or one question), every reply of it trained.
+
+    Ids are prompt ids + reply ids + end token: no mask rests on a prefix that is encoded twice.
+    """
     dialogue = Dialogue()
-    dialogue.add_user(chat.first(user))
-    dialogue.add_reply(chat.reply(reply), chat)
+    for turn, row in enumerate(rows):
+        open_turn = chat.later if turn else chat.first
+        dialogue.add_user(open_turn(ask(row.get("probe") or row["question"], row["answer_type"])))
+        dialogue.add_reply(chat.reply(teacher_reply(row)), chat)
     return dialogue
-
-
-def sft_examples(chat, questions):
-    """Every consistent probe, and every original question, with the teacher's full response."""
-    examples = []
-    for row in questions:
-        user = ask(row["question"], row["answer_type"])
-        examples.append(single_turn(chat, user, teacher_reply(row)))
-        for probe in row["probes"]:
-            user = ask(probe["probe"], probe["answer_type"])
-            examples.append(single_turn(chat, user, teacher_reply(probe)))
-    return examples
 
 
 def sft_backward(model, dialogues, args, weight=1.0):
@@ -892,7 +885,8 @@ def optimizer_step(model, optimizer, args, stage):
 def warm_up(args, questions, device):
     """Stage 2: SFT over D_EI for --sft-epochs. Writes OUT/sft: the start of stage 3, and pi_ref."""
     model, chat = prepare(args, args.student, device)
-    examples = sft_examples(chat, questions)
+    examples = [teacher_dialogue(chat, [row]) for question in questions
+                for row in (question, *question["probes"])]
     n_steps = -(-len(examples) * args.sft_epochs // args.sft_batch_size)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.sft_lr, weight_decay=0.0)
     start = load_checkpoint(args, "SFT", model, optimizer)
@@ -907,9 +901,7 @@ def warm_up(args, questions, device):
             optimizer_step(model, optimizer, args, f"SFT step {step + 1}")
             append_csv(os.path.join(args.out, "sft.csv"), {"step": step + 1, "loss": loss})
             bar.set_postfix(loss=f"{loss:.3f}")
-            if (step + 1) % args.save_every == 0 or STOP.is_set():
-                save_checkpoint(args, "SFT", step + 1, model, optimizer)
-            leave_if_stopped(args, "SFT", step + 1)
+            end_step(args, "SFT", step + 1, n_steps, model, optimizer)
     save_model(model, chat, os.path.join(args.out, "sft"))
 
 
@@ -986,19 +978,6 @@ def reply(model, chat, dialogues, rows, cache, args, generator):
     for b, ids, logps in zip(rows, sampled.replies, sampled.logps):
         dialogues[b].add_reply(ids, chat, logps)
     return sampled.cache
-
-
-def teacher_dialogues(chat, probes):
-    """Eq. 8: each question's probes with the teacher's replies, all of which are trained."""
-    dialogues = []
-    for drawn in probes:
-        dialogue = Dialogue()
-        for turn, probe in enumerate(drawn):
-            open_turn = chat.later if turn else chat.first
-            dialogue.add_user(open_turn(ask(probe["probe"], probe["answer_type"])))
-            dialogue.add_reply(chat.reply(teacher_reply(probe)), chat)
-        dialogues.append(dialogue)
-    return dialogues
 
 
 def outcomes(chat, dialogues, questions, group_size):
@@ -1115,7 +1094,7 @@ def reinforce(args, questions, device):
             advantages, metrics = pay(chat, played, args)
             policy.train(args.gradient_checkpointing)  # without it, layers would not be recomputed
             dialogues = played.full + played.partial
-            teacher = teacher_dialogues(chat, played.probes) if args.turns else []
+            teacher = [teacher_dialogue(chat, drawn) for drawn in played.probes if drawn]   # Eq. 8
             metrics |= update(policy, reference, optimizer, dialogues, advantages, teacher, args,
                               f"ExGRPO step {step + 1}")
             seconds = time.perf_counter() - began
@@ -1123,9 +1102,7 @@ def reinforce(args, questions, device):
                         "tokens_per_s": metrics.pop("sampled_tokens") / seconds}
             log_step(args, chat, played, metrics)
             bar.set_postfix_str(BAR.format(**metrics))
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or STOP.is_set():
-                save_checkpoint(args, "ExGRPO", step + 1, policy, optimizer)
-            leave_if_stopped(args, "ExGRPO", step + 1)
+            end_step(args, "ExGRPO", step + 1, args.steps, policy, optimizer)
     save_model(policy, chat, args.out)
 
 

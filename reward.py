@@ -6,25 +6,31 @@ wins: a policy finds and exploits a wrong answer that is paid, so that is the wo
 Literals are compared as exact fractions, Python evaluates nothing, and every regular expression
 is linear in its input, so that no output can hang, crash or fool the grader.
 """
+import operator
 import random
 import re
+from contextlib import suppress
+from datetime import datetime
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from itertools import accumulate
 
-INSTRUCTION = {kind: f'End with the sentence "The answer is X", where X is {what}.' for kind, what in {
-    "number": "one number", "math": "a number or formula in LaTeX", "text": "a few words",
-    "choice": "the letter of one option", "yesno": "yes or no"}.items()}
+INSTRUCTION = {answer_type: f'End with the sentence "The answer is X", where X is {what}.'
+               for answer_type, what in [("number", "one number"), ("text", "a few words"),
+                                         ("math", "a number or formula in LaTeX"),
+                                         ("choice", "the letter of one option"),
+                                         ("yesno", "yes or no")]}
 ANSWER_TYPES = tuple(INSTRUCTION)
 
 # ---- 1. Where does the output state its answer? ----
 
 MARKER = re.compile(r"\\(?:boxed|fbox)\s*\{|####|(?:answer|Answer|ANSWER)[\s*_]*"
                     r"(?::|(?i:is\b(?!\s+correct\b)|is(?=n['’]?t\b)))")
-LEAD = re.compile(r"(?:[\s:*_$]|\\[\[(]|(?i:final answer\b))*")  # dressing in front of an answer
-SENTENCE = re.compile(r"\.(?=[\s*_\"'”’$)A-Z]|\\[])]|$)|!(?=\s+[A-Z]|\s*$)|(?<!\\\\)(?<!x\})\n")
-CLAUSE = re.compile(r"[.,;:!?—–]+\s|\s[(—–-]|\n|\.\.|\b(?:wait|actually|sorry|rather)\b", re.I)
-GAP = re.compile(r"(?:\\[a-z]+|\W|_|\b(?:or|and|the|final|correct)\b)*|[^.!?\n]*\bor\W*", re.I)
+LEAD = re.compile(r"[\s:*_$]*(?:(?:\\[\[(]|(?i:final answer\b))[\s:*_$]*)*")      # dressing
+SENTENCE = re.compile(r"(?<!\.\.)\.(?=[\s*_\"'”’$)A-Z]|\\[])]|$)|!(?=\s+[A-Z]|\s*$)|(?<!\\\\)\n")
+CLAUSE = re.compile(r"(?i)[.,;:!?—–]+\s|\s[(—–-]|\n|\.\.|\b(?:wait|actually|sorry|rather)\b")
+LINKS = {"or", "and", "the", "final", "correct", "text", "quad"}
+LINKED = re.compile(r"(?i)(?:\W*\b(?:or|and|the|final|correct))*\W*$")
 BRACE = re.compile(r"\\.|[{}]", re.S)
 LONGEST = 6_000                                                  # characters of an answer
 
@@ -35,8 +41,10 @@ def _statements(output, kind):
     for mark, following in zip(marks, marks[1:] + [None]):
         if mark.start() < end:                                   # inside the box before it
             continue
-        if not GAP.fullmatch(output, end, mark.start()):         # words in between: a correction
-            texts = []
+        gap = output[end:mark.start()].lower() if texts else ""
+        if (any(word[0] not in LINKS for word in re.finditer(r"[^\W_]+", gap))
+                and not re.fullmatch(r"[^.!?\n]{0,200}\bor\W*", gap)):
+            texts = []                                           # words in between: a correction
         if mark[0][0] == "\\":                                   # up to the brace that closes it
             braces = [*BRACE.finditer(output, mark.end(), mark.end() + LONGEST)]
             depths = accumulate((hit[0] == "{") - (hit[0] == "}") for hit in braces)
@@ -48,58 +56,57 @@ def _statements(output, kind):
             text = re.split("\n" if kind in ("text", "choice") else SENTENCE, rest, maxsplit=1)[0]
             end = start + len(CLAUSE.split(rest, 1)[0])
             if following and text == rest:                       # runs into the next statement
-                text = re.sub(r"(?i)(?:\W*\b(?:or|and|the|final|correct))+\W*$", "", text.strip())
+                text = text[:-40] + LINKED.sub("", text[-40:])
                 if not text or following[0][0] == "\\" and _read(text, kind) is None:
                     continue                                     # "The answer is x = \boxed{5}"
         texts.append(text if len(text) < LONGEST else "")
     return texts
 
 
-# ---- 2. What answer is that? First away with what does not change it: Markdown, LaTeX, units ----
+# ---- 2. What does a statement's text answer? ----
 
-CHARACTERS = str.maketrans("−×·’“”`°€£¥₹¢", "-**'\"\"       ") | {178: "^2", 179: "^3"}
+CHARACTERS = str.maketrans("−×·‘’“”`€£¥₹¢", "-**''\"\"      ") | {
+    ord("²"): "^2", ord("³"): "^3", ord("°"): r"^\circ ", ord("º"): r"^\circ "}
 COMMANDS = dict(zip(
-    "le leq leqslant lt ge geq geqslant gt ne neq times cdot div pm cup in infty pi sqrt frac dfrac "
-    "tfrac cfrac alpha beta theta lambda lbrace rbrace left right big Big quad qquad displaystyle"
+    "le leq leqslant lt ge geq geqslant gt ne neq times cdot div pm cup in infty pi sqrt frac "
+    "dfrac tfrac cfrac alpha beta theta lambda lbrace rbrace left right big Big quad qquad displaystyle"
     .split(), "≤≤≤<≥≥≥>≠≠**÷±∪∈∞π√ƒƒƒƒαβθλ{}       "))
 REWRITE = [(re.compile(pattern, re.A), new) for pattern, new in [
-    (r"\\\\", "⌉,⌈"), (r"\\begin ?\{[pb]?matrix\}", "⌈⌈"),        # a matrix is a list of rows
-    (r"(?:⌉,⌈)? ?\\end ?\{[pb]?matrix\}", "⌉⌉"), (r"&", ","), (r"\{,\}|,\\! ?", ","),
-    (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""), (r"\\[,;:! ]|(?<=\w)~|\\?[%$]|\\[()\[\]]", " "),
-    (r"\^ ?\{? ?\\circ ?\}?|\*\*(?!\w)|(?<!\w)\*\*", " "), (r"\*\*", "^"), (r"\\([{}])", r"\1"),
-    (r"\\([A-Za-z]+) ?", lambda hit: COMMANDS.get(hit[1], hit[0])), ("<=", "≤"), (">=", "≥"),
+    (r"\\\\(?: ?\[[\d.]+[a-z]+\])?", "⌉,⌈"), (r"&", ","),         # a matrix becomes ⌈⌈1,2⌉,⌈3,4⌉⌉
+    (r"\\begin ?\{[pb]?matrix\}", "⌈⌈"), (r"(?:⌉,⌈)? ?\\end ?\{[pb]?matrix\}", "⌉⌉"),
+    (r"\{,\}|,\\! ?", ","), (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""),       # 1{,}234 and 1\,234
+    (r"(?:\^ ?\{? ?\\circ ?\}?|\\degree) ?(?:[CF]\b)?|\\[,;:! ]|(?<=[\w{])~|\\?[%$]", " "),
+    (r"\\[()\[\]]|\*\*(?!\w)|(?<!\w)\*\*", " "), (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"),
+    (r"\\([A-Za-z]+) ?", lambda hit: COMMANDS.get(hit[1], hit[0])), (r"\\([{}])", r"\1"),
     (r"(?<![\\A-Za-z])sqrt", "√"), (r"(?<![\\A-Za-z])pi(?![a-z])", "π"),
-    (r"([_^]) ?\{ ?(\w|\d+) ?\}(?!\d)", r"\1\2"), (r"([√ƒ]) ?(\d)", r"\1{\2}"),
+    (r"([_^]) ?\{ ?(\w|\d+) ?\}", r"\1\2 "), (r"([√ƒ]) ?(\d)", r"\1{\2}"),
     (r"(ƒ ?\{[^{}]*\}) ?(\d)", r"\1{\2}")]]
 WRAP = re.compile(r"\\(?:text|math|bold|operatorname|[mf]?box)[a-z]* ?\{([^{}]*)\}")
 UNIT = re.compile(
-    r"(?:\\(?:text|mbox|mathrm)[a-z]* ?\{(?! ?(?:and|or|[ied]) ?\})[^{}]*\}|(?<=[\d)\]}π])[ ,(-]*"
-    r"(?:[A-Za-z]{4,}|[ckm]m|[km]g|m[lL]|in|ft|mi|lbs?|hrs?|min|day)\b)"
+    r"(?:(?!^)\\(?:text|mbox|mathrm)[a-z]* ?\{(?! ?(?:and|or|[ied]) ?\})[^{}]*\}|(?<=[\d)\]}π])"
+    r"[ ,(-]*(?:[A-Za-z]{4,}|[ckm]m|[km]g|m[lL]|in|ft|mi|lbs?|hrs?|min|day)\b)"
     r"(?: ?\^ ?\{?-?\d\}?|[ ,/().'*-]*(?:\\text ?\{[^{}]*\}|(?!and\b|or\b)[A-Za-z]+))*")
 NOT_A_UNIT = re.compile(                                         # but changes the number
-    r"(?i)\b(?:and|or|nor|not?|never|wrong|incorrect|hundred|thousand|[mbt]r?illion|dozen"
-    r"|hal(?:f|ves)|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|squared|cubed"
-    r"|factorial|plus|minus|than|mod|base|if|to|of \d|\d ?(?:rd|st|nd|th))\b|n't")
+    r"(?i)\b(?:and|or|nor|not?|never|wrong|incorrect|(?:hundred|thousand|[mbt]r?illion|dozen|ten)s?"
+    r"|score|gross|hal(?:f|ves)|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:th|d)s?"
+    r"|squared|cubed|factorial|plus|minus|multiplied|divided|than|mod|base|if|to|out|least|most|ish"
+    r"|of [\dxyz]|\d ?(?:rd|st|nd|th))\b|n't")
 INT = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|\d+)"
 LITERAL = (rf"[+-]? ?(?:(?:\d+ )?{INT}/[+-]?(?=[\d,]*[1-9]){INT}|(?:{INT}(?:\.\d*)?|\.\d+)"
            r"(?:[eE][+-]?\d{1,3}(?!\d))?)")
 FRAC = re.compile(rf" ?ƒ\{{([+-]?{INT})\}}\{{([+-]?{INT})\}}", re.A)
 NUMBER = re.compile(                                             # [x =] [currency] literal [unit]
     r"(?!.*\b(?:because|since|where|so)\b.*=)(?:(?:[^<>≤≥≠!~:,;]|,(?=\d))*= ?)?(?:(?:USD?|EUR) ?)?"
-    rf"({LITERAL})(?![ /(-]*[xyzinkKMBe]\b|[/-]$|!|\.\.)[A-Za-zÀ-ɏµ .,;:'\"/()!?-]*", re.A)
+    rf"({LITERAL})(?![ /(-]*[bcefijknopqruvwxyzBKMX]\b|a\b|[abcxyz]{{2,3}}\b|[/-]$|!|\.\.)"
+    r"[A-Za-zÀ-ɏµ .,;:'\"/()!?-]*", re.A)
 UNIT_POWER = re.compile(r"(?<=[A-Za-z}])(?:\^\{?-?\d\}?|(?<!\d[eE])[23])(?![\d.,])", re.A)
 CHOICE = re.compile(                                             # not the article A, not B or C
-    r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter) )[\"'(\[{]*)?(?:(?<=\()([A-Fa-f])"
+    r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter):? )[\"'(\[{]*)?(?:(?<=\()([A-Fa-f])"
     r"(?=\))|([B-F]|A(?! (?!because|since|as\b|is\b)\w))|([a-f])(?=\W*$|[.!] [A-Z]))"
-    r"(?![\w+#^-]|'\w|\.\w\b)(?!\W*(?:\b(?:and|or|nor|option|choice|maybe|possibly)\b\W*)+"
-    r"(?:[A-F]\b|[a-f]\))|\W*[,&/;+]\W*[B-F]\b|\W*[A-F]\W*$|\W*\([a-f]\))")
-MONTH = r"\b(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?,? "
-DATES = [                                                        # to month/day/year
-    (MONTH + r"(\d\d?)(?:st|nd|rd|th)?,? (\d{4})\b", r"\1/\2/\3"),
-    (r"\b(\d\d?)(?:st|nd|rd|th)? (?:of )?" + MONTH + r"(\d{4})\b", r"\2/\1/\3"),
-    (r"\b(\d{4})[/-](\d\d?)[/-](\d\d?)\b", r"\2/\3/\1"), (r"\b0(?=\d[/-])", ""),
-    (r"(?:on )?(?:[a-z]+day,? )?\b([a-z]{3}|\d\d?)[/-](\d\d?)[/-](\d{4})\b", lambda hit: "/".join(
-        [str(MONTH.find(hit[1]) // 4 + 1) if hit[1].isalpha() else hit[1], hit[2], hit[3]]))]
+    r"(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w| is(?:n't| not| wrong| incorrect| false))"
+    r"(?!\W*(?:\b(?:and|n?or|to|through|plus|also|with|as|well|option|choice|maybe|possibly)\b\W*)+"
+    r"(?:[A-F]\b|[a-f]\))|\W*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))|\W*\([a-f]\))")
+DATES = "%m/%d/%Y %m-%d-%Y %Y/%m/%d %Y-%m-%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y".split()
 
 
 def _read(text, kind):
@@ -107,16 +114,19 @@ def _read(text, kind):
     text = " ".join(text.translate(CHARACTERS).split())
     for pattern, new in REWRITE if kind in ("number", "math") else ():
         text = pattern.sub(new, text)
-    if kind == "math":
-        text = UNIT.sub(lambda hit: " " if hit.start() and not NOT_A_UNIT.search(hit[0]) else hit[0], text)
     for _ in range(3):                                           # \textbf{\text{B}}
+        if kind == "math":
+            text = UNIT.sub(lambda hit: hit[0] if NOT_A_UNIT.search(hit[0]) else " ", text)
         text = WRAP.sub(r" \1 ", text)
     text = " ".join(text.split()).strip(' *_"$')
     if kind == "text":
-        text = text.casefold()
-        for pattern, new in DATES:
-            text = re.sub(pattern, new, text)
-        return re.sub(r"\b(?:an?|the) (?=\w)", "", text.strip(" .,;:!?'\"*_$")) or None
+        text = re.sub(r"\b(?:an?|the) (?=\w)", "", text.casefold().strip(" .,;:!?'\"*_$"))
+        day = re.split(r"[.!] (?!\d)", text)[0]                  # "Sept. 3, 2020. It is a Thursday"
+        day = re.sub(r"^on |[a-z]+day\b|\bof\b|(?<=\d)[snrt][tdh]\b|(?<=sep)t\b|[.,]", " ", day)
+        for form in DATES:
+            with suppress(ValueError):
+                return datetime.strptime("_".join(day.split()), form).strftime("%m/%d/%Y")
+        return text or None
     if kind == "yesno":
         words = [{"true": "yes", "false": "no"}.get(word, word)
                  for word in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.casefold())]
@@ -126,43 +136,43 @@ def _read(text, kind):
         return hit and hit[hit.lastindex].upper()
     # Spaces stay only between words or numbers, and in "1, 234", which is no 1,234.
     text = re.sub(r" (?!\w)|(?<![\w,]) |(?<=,) (?!\d{3})", "", text)
-    if kind == "math":
-        text = re.sub(r",? ?\b(?:and|or)\b ?", ",", text).rstrip(".,;:")
-        return (text if "=" not in text else ",".join(sorted(text.split(",")))
-                if text.count("=") == text.count(",") + 1 else text) or None
-    text = UNIT_POWER.sub("", FRAC.sub(r" \1/\2", text).strip())
-    hit = None if NOT_A_UNIT.search(text) else NUMBER.fullmatch(text)
-    return hit and hit[1].replace(",", "")
+    if kind == "number":
+        text = UNIT_POWER.sub("", FRAC.sub(r" \1/\2", text).strip())
+        hit = None if NOT_A_UNIT.search(text) else NUMBER.fullmatch(text)
+        return hit and hit[1].replace(",", "")
+    text = re.sub(r"[,;]? ?\b(?:and|or)\b ?|;", ",", text).rstrip(".,;:")
+    parts = sorted(text.split(","))
+    if all("=" in part for part in parts):                       # y=2,x=1 or x=1,x=2
+        text = ",".join(parts).replace("," + parts[0].split("=")[0] + "=", ",")
+    return text if text and text[-1] != "=" else None
 
 
 # ---- 3. Are two answers equal? Formulas as exact literals, or else by value ----
 
-NAME = re.compile(r"(\\?[A-Za-z]|[αβθλ]|[A-Z]{2}|\\?[A-Za-z]{3,})(_\w+)?'?(\(\w(,\w)*\))?|\(\w(,\w)*\)"
-                  r"|[^A-Za-z,]+")
-UNCLEAR = re.compile(r"[_'\"]|[A-Za-z]{3}|^[A-Za-z]{2,}$|\dƒ\{-?\d|/\w+[(ƒ√A-Za-zπ]|([^\W\d]|[)}\]]|\d ) ?\d", re.A)
-STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "÷": 2, "^": 4}      # an unwritten product is a *
+NAMED = re.compile(                                              # (x)=(5), (f(x))=(2x), (x)=2+3=(5)
+    r"((?:\\angle ?)?(?:\\?[A-Za-z]|[αβθλ]|[A-Z]{2}|\\?[A-Za-z]{3,})(?:_\w+)?'?(?:\(\w(?:,\w)*\))?"
+    r"|\(\w(?:,\w)*\)|[^A-Za-z,=∈]+)(?:[=∈][^,=∈]*)*[=∈]([^=∈]+)")
+UNCLEAR = re.compile(r"[_'\"]|[A-Za-z]{3}|^[A-Za-z]{2,}$|\dƒ\{-?\d|/\w+[(ƒ√A-Za-zπ]"      # 1/2x
+                     r"|([^\W\d]|[)}\]]|\d ) ?\d", re.A)         # words, 2\frac12 x, x2, 5 6
+OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul),
+             "/": (2, operator.truediv), "÷": (2, operator.truediv), "^": (4, operator.pow)}
 
 
 def _equal(ours, gold, kind):
-    if kind not in ("number", "math"):                           # "Mr. Smith" is one sentence or two
+    if kind not in ("number", "math"):                           # "Mr. Smith" may be a sentence
         return ours == gold or kind == "text" and ours.startswith((gold + ". ", gold + "! "))
-    (our_name, ours), (name, gold) = _named(ours), _named(gold)
+    (our_name, ours), (name, gold) = (hit.groups() if hit else ("", text) for hit, text in (
+        (NAMED.fullmatch(text), text) for text in (ours, gold)))
     if our_name and name and our_name != name:
         return False
-    if _fraction(gold) is not None:                              # a plain number wants a plain number
+    if _fraction(gold) is not None:                              # a plain number wants its like
+        ours = re.sub(r"(?<=\d) [mgsLh](/s|/h)?(\^\d)?$", "", ours)      # here m is no variable
         return _fraction(ours) == _fraction(gold)
     if ours == gold or gold.replace(" ", "").isalpha() and len(gold) > 1:
         return ours.lower() == gold.lower()
-    ours, gold = _values(ours), _values(gold)
-    return ours == gold and any(gold)
-
-
-def _named(text):
-    """`x=5` -> ("x", "5"), and so `x=2+3=5`; `x=1,x=2` -> ("x", "1,2"); `2x=5` stays whole."""
-    name, *rest = re.split("[=∈]", text)
-    *middle, last = re.split("[=∈]", text.replace(f",{name}=", ","))
-    plain = rest and NAME.fullmatch(name) and "," not in "".join(middle[1:])
-    return (name, last) if plain else ("", text)
+    points = 1, 2, -3                                            # -3 shows that √(x^2) is not x
+    wanted = [_value(gold, point) for point in points]
+    return any(wanted) and all(_value(ours, point) == value for point, value in zip(points, wanted))
 
 
 def _fraction(text):
@@ -175,76 +185,77 @@ def _fraction(text):
     return -total if text[0] == "-" else total
 
 
-def _values(text):
-    """What a formula, a list or a relation comes to at three points; None where it has no value."""
-    values, number = [], _fraction(text) if len(text) < 300 else None
-    text = text if number is None else str(number)
+def _value(text, point):
+    """What a formula, a list or a relation comes to at a point; None where it has no value."""
+    text = str(_fraction(text)) if len(text) < 300 and _fraction(text) is not None else text
+    if len(text) > 300 or text.count("^") + text.count("√") > 20 or UNCLEAR.search(text):
+        return None
     if "±" in text and "," not in text:
         text = text.replace("±", "+") + "," + text.replace("±", "-")
-    for point in (1, 2, -3) if len(text) < 300 and not UNCLEAR.search(text) else ():
-        try:                                                     # -3 shows that √(x^2) is not x
-            with localcontext(Context(prec=120, Emax=100)):
-                values.append([part if part in "=<>≤≥≠∈∪" else _show(_evaluate(
-                    ["", "}"] + re.findall(r"\d+\.?\d*|\.\d+|\S", part)[::-1] + ["{"], point))
-                    for part in re.split("([=<>≤≥≠∈∪])", text)])
-        except (ArithmeticError, LookupError, TypeError, RecursionError):
-            values.append(None)
-    return values
-
-
-def _show(value):
-    return value if isinstance(value, str) else f"{value + 0:.100e}"
+    try:
+        with localcontext(Context(prec=100, Emax=60)):           # a bare list is a set: {1,2}
+            return [part if part in "=<>≤≥≠∈∪" else _evaluate(
+                ["", "⟩", "}", *re.findall(r"\d+\.?\d*|\.\d+|\S", part)[::-1], "{", "⟨"], point)
+                for part in re.split("([=<>≤≥≠∈∪])", text)]
+    except (ArithmeticError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _evaluate(tokens, point, strength=0):
-    """Precedence climbing: the value of the tokens up to an operator no stronger than `strength`."""
+    """Precedence climbing: the value of the tokens up to an operator no stronger than `strength`.
+
+    A number is a Decimal, a list the text of its values. An unwritten operator is a product.
+    """
     token = tokens.pop()
     if token in ("+", "-"):
         value = _evaluate(tokens, point, 3) * Decimal(token + "1")
-    elif token in ("(", "[", "{", "⌈"):
-        items, kind = [_evaluate(tokens, point)], token
+    elif token in ("(", "[", "{", "⌈", "⟨"):
+        kind, items = token, [_evaluate(tokens, point)]
         while (token := tokens.pop()) == ",":
             items.append(_evaluate(tokens, point))
-        kind += token
-        texts = map(_show, items) if kind != "{}" else sorted(map(_show, items))
-        value = items[0] if len(items) == 1 and kind in ("()", "{}", "[]") else kind + ",".join(texts)
+        texts = [item if isinstance(item, str) else f"{item + 0:.80e}" for item in items]
+        value = (items[0] if len(items) == 1 and kind + token in ("()", "[]", "{}") else
+                 kind + ",".join(sorted(texts) if kind == "{" else texts) + token)
     elif token == "ƒ":
         value = _evaluate(tokens, point, 9) / _evaluate(tokens, point, 9)
     elif token == "√":
         root = _evaluate(tokens, point, 9) if tokens[-1] == "[" else 2
         value = _evaluate(tokens, point, 9)
         value = value.sqrt() if root == 2 else value ** (1 / root)
-    elif token.isalpha():                                        # any value will do, even for pi
+    elif token.isalpha() or token == "∞":                        # any value will do, even for pi
         value = Decimal(random.Random(f"{token}{point}").uniform(1, 3)).copy_sign(point)
     else:
         value = Decimal(token)
-    while tokens[-1] not in ("", ",", ")", "]", "}", "⌉") and STRENGTH.get(tokens[-1], 2) > strength:
-        operator = tokens.pop() if tokens[-1] in STRENGTH else "*"
-        right = _evaluate(tokens, point, STRENGTH[operator] - (operator == "^"))
-        value = (value + right if operator == "+" else value - right if operator == "-" else
-                 value * right if operator == "*" else value ** right if operator == "^" else
-                 value / right)
+    while tokens[-1] not in ("", ",", ")", "]", "}", "⌉", "⟩"):
+        power, apply = OPERATORS.get(tokens[-1], OPERATORS["*"])
+        if power <= strength:
+            break
+        token = tokens.pop() if tokens[-1] in OPERATORS else "*"
+        value = apply(value, _evaluate(tokens, point, power - (token == "^")))
     return value
 
 
-# ---- 4. The two questions that the other files ask ----
+# ---- 4. The two questions that the other files ask, and what an answer earns ----
+
+def _stated(output, kind):
+    """The text of the stated answer and its normal form; twice None if none can be read."""
+    texts = _statements(output, kind)
+    answers = [_read(text, kind) if text else None for text in texts]
+    if None in answers or not all(_equal(answer, answers[-1], kind) for answer in answers):
+        return None, None
+    return (" ".join(texts[-1].split()).rstrip(" .$*"), answers[-1]) if texts else (None, None)
+
 
 def extract_answer(output, answer_type):
-    """The answer that the output states, in a plain form; None if no statement can be read."""
-    answers = [_read(text, answer_type) if text else None for text in _statements(output, answer_type)]
-    if not answers or None in answers:
-        return None
-    agree = all(_equal(answer, answers[-1], answer_type) for answer in answers)
-    return answers[-1] if agree else None
+    """The answer that the output states, as text; None if no statement of it can be read."""
+    return _stated(output, answer_type)[answer_type != "math"]
 
 
 def is_correct(output, gold, answer_type):
     """Does the output state the gold answer? This is R_outcome, Eq. 4."""
-    answer, gold = extract_answer(output, answer_type), _read(gold, answer_type)
-    return None not in (answer, gold) and _equal(answer, gold, answer_type)
+    ours, gold = _stated(output, answer_type)[1], _read(gold, answer_type)
+    return None not in (ours, gold) and _equal(ours, gold, answer_type)
 
-
-# ---- 5. What it earns ----
 
 def dsu_bonus(full, partial, delta, nu):
     """Eq. 5: `delta` if mean(full) > nu * mean(partial), else 0.0; lists of 0/1 outcomes.

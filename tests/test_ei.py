@@ -41,8 +41,8 @@ def oracle(turns):
     """The teacher who wrote tests/data/probes.jsonl."""
     row = next(row for row in ROWS if row["question"] in turns[-1])
     if "The kind of probe" not in turns[0]:  # Eq. 1: still right behind this probe?
-        probe = next(p for p in row["probes"] if turns[0].startswith(p["probe"]))
-        return stated(row["answer"] if probe["consistent"] else "none of these")
+        probe = next((p for p in row["probes"] if turns[0].startswith(p["probe"])), None)
+        return stated(row["answer"] if not probe or probe["consistent"] else "none of these")
     name = re.search("The kind of probe: ([^.]*)", turns[0])[1]
     rule = next(key for key in ei.RULES if ei.RULES[key].name == name)
     if rule in row["declined"]:
@@ -89,6 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         turns = [message["content"] for message in body["messages"]]
         with server.lock:
             server.requests.append(turns)
+            server.options = {key: body[key] for key in body if key != "messages"}
             server.keys.add(self.headers["Authorization"])
             server.busy += 1
             server.most_busy = max(server.busy, server.most_busy)
@@ -334,6 +335,10 @@ def test_a_cut_off_reply_passes_no_filter():
                                  for d in ds],
                      NUMBER_ROW, ["R1"])
     assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: cut off"}]
+    line = ei.invert(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), "cut off")
+                                 for d in ds],
+                     NUMBER_ROW, ["R1"])
+    assert line["probes"][0]["consistent"] is False
     probe = {"consistent": True, "probe": "x", "answer": "1", "answer_type": "number"}
     line = {"probes": [probe], "rejected": []}
     ei.select(lambda ds: [(stated(1), "cut off")], line, 1)
@@ -512,10 +517,17 @@ def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_pat
     assert run_ei(*flags(server, path), *small)[0] == 0 and path.read_bytes() == whole
 
 
-def test_a_failure_stops_the_other_threads(run_ei, tmp_path):
-    with Teacher(faults=[200] * 30 + [401] * 10_000, delay=0.02) as server:
-        code, _, err = run_ei(*flags(server, tmp_path / "p.jsonl"), "--concurrency", "4")
-    assert code == 2 and "TEACHER_API_KEY" in err and len(server.requests) < 50
+def test_a_failure_stops_the_other_threads():
+    stop = threading.Event()
+
+    def work(item):
+        if item == 0:
+            raise exgrpo.UserError("refused")
+        return stop.wait(5)  # a request that is under way, then the next one
+    start = time.perf_counter()
+    with pytest.raises(exgrpo.UserError):
+        list(ei.in_order(work, iter(range(1000)), 4, stop))
+    assert time.perf_counter() - start < 2
 
 
 def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
@@ -523,7 +535,8 @@ def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
         return json.dumps({"choices": [{"index": 0, "finish_reason": reason,
                                         "message": {"role": "assistant",
                                                     "content": content}}]}).encode()
-    server.faults = [body("x" * 10_000_000), body(None), body(GOOD, "length"), 400, body("\ud800"),
+    server.faults = [body("x" * 10_000_000), body(None), body(GOOD, "length"), 400,
+                     body(GOOD.replace("4 hens", "4 hens \ud800")),
                      body("<think>PROBE: no</think>DECLINE")]
     path = tmp_path / "p.jsonl"
     code, _, err = run_ei(*flags(server, path), "--concurrency", "1", "--limit", "1")
@@ -532,8 +545,10 @@ def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
     assert code == 0 and line["declined"] == ["R6"], err
     assert [one["reason"] for one in line["rejected"]] == [
         "unparsed: longer than 10,000 characters", "unparsed: no PROBE line",
-        "unparsed: cut off by the token limit", "unparsed: prompt too long for the model",
-        "unparsed: no PROBE line"]
+        "unparsed: cut off by the token limit", "unparsed: prompt too long for the model"]
+    assert line["probes"][0]["probe"].startswith("4 hens ?")  # half a character cannot be stored
+    assert server.options == {"model": "dummy", "max_tokens": 512, "temperature": 0, "seed": 0,
+                              "stream": False}
 
 
 def test_no_key_leaves_its_place(run_ei, tmp_path, monkeypatch):
@@ -583,7 +598,8 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
     assert reasons <= {"unparsed: cut off by the token limit",
                        "unparsed: prompt too long for the model",
                        "unparsed: no PROBE line"}
-    assert "no probe left 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no probe left 1" in out and "No question was kept" in out
 
 
 @pytest.mark.parametrize("content, words", [

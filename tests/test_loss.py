@@ -242,7 +242,7 @@ def a_step(model, chat, seed=0):
     probes = [[{"probe": "Why?", "rationale": "So.", "answer": "3", "answer_type": "number"}] * n
               for n in (1, 2)]
     advantages = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
-    return full + partial, advantages, exgrpo.teacher_dialogues(chat, probes)
+    return full + partial, advantages, [exgrpo.teacher_dialogue(chat, drawn) for drawn in probes]
 
 
 class Recorder(torch.optim.SGD):
@@ -351,8 +351,10 @@ def test_sft_ids_are_prompt_plus_reply_plus_end(loaded):
     """D24: a mask from the length of a prefix that is tokenised apart is off where tokens merge across
     the seam; here ids are joined, so that the reply's first and end tokens are exactly masked in."""
     model, chat = loaded("gpt2")
-    example = exgrpo.single_turn(chat, "the theme", "and is a 3.")
-    prompt, answer = chat.first("the theme"), chat.encode(" and is a 3.")
+    row = {"question": "the theme", "rationale": "and so.", "answer": "3", "answer_type": "number"}
+    example = exgrpo.teacher_dialogue(chat, [row])
+    prompt = chat.first(exgrpo.ask("the theme", "number"))
+    answer = chat.encode(" and so. The answer is 3.")
     assert example.ids == prompt + answer + [chat.end_id]
     assert example.mask == [0] * len(prompt) + [1] * (len(answer) + 1)
 
@@ -361,7 +363,7 @@ def test_auxiliary_dialogue_trains_the_teachers_probe_replies_only(loaded):
     model, chat = loaded("llama")
     probes = [{"probe": "Why?", "rationale": "So.", "answer": "3", "answer_type": "number"},
               {"probe": "If?", "rationale": "", "answer": "yes", "answer_type": "yesno"}]
-    (dialogue,) = exgrpo.teacher_dialogues(chat, [probes])
+    dialogue = exgrpo.teacher_dialogue(chat, probes)
     trained = [i for i, m in zip(dialogue.ids, dialogue.mask) if m]
     assert trained == chat.reply("So. The answer is 3.") + chat.reply("The answer is yes.")
     assert dialogue.ids == chat.prompt([
@@ -386,7 +388,9 @@ def test_outcome_grades_the_last_reply_only(loaded):
     for user, reply in (("The answer is 3.", "The answer is 3."), ("Q?", "I do not know.")):
         dialogue.add_user(chat.first(user))
         dialogue.add_reply(chat.reply(reply), chat)
-    right = exgrpo.single_turn(chat, "Q?", "The answer is 3.")
+    right = exgrpo.Dialogue()
+    right.add_user(chat.first("Q?"))
+    right.add_reply(chat.reply("The answer is 3."), chat)
     rows = [{"answer": "3", "answer_type": "number"}]
     outcomes, unread = exgrpo.outcomes(chat, [dialogue, right], rows, 2)
     assert outcomes.tolist() == [[0.0, 1.0]] and unread == 0.5
