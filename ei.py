@@ -514,7 +514,7 @@ COLUMNS = ["asked", "declined", "unparsed", "leaked", "duplicate", "inconsistent
 
 
 def wilson(right, n, z=1.959964):
-    """95 % interval of a share (Wilson, 1927); it also holds near 0 and 1."""
+    """Wilson's score interval (95 %) of the share right / n -> (low, high), within [0, 1]."""
     if n == 0:
         return 0.0, 1.0
     centre, half = right + z * z / 2, z * (right * (n - right) / n + z * z / 4) ** 0.5
@@ -738,8 +738,7 @@ def parse_args():
         raise UserError(f"--rules: name each rule once, as in {','.join(RULES)}")
     for path in (args.teacher, args.student or "", args.data):
         if path.startswith(toy) and not os.path.exists(path) and not args.report:
-            raise UserError(f"{path} is missing: make it with python toy/make.py, or give "
-                            "--teacher, --student and --data")
+            raise UserError(f"{path} is missing: give --teacher, --student and --data")
     return args
 
 

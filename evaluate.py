@@ -30,6 +30,7 @@ from tqdm import tqdm
 import ei
 import exgrpo
 import reward
+from ei import wilson
 from exgrpo import UserError, at_least
 
 TOY = os.path.join(exgrpo.HERE, "toy")
@@ -103,7 +104,7 @@ def answer(name, items, args, path):
 
 def check_lengths(model, items, prompts, max_new_tokens):
     """A prompt and its answer must fit the model's context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = exgrpo.context_size(model)
     for item, prompt in zip(items, prompts):
         if len(prompt) + max_new_tokens > limit:
             raise UserError(f"{item['data']}: the prompt of {item['id']} has {len(prompt)} tokens; "
@@ -159,13 +160,6 @@ def read_outputs(path):
 
 
 # ------------------------------------------------------------------------------------- statistics
-
-def wilson(right, n, z=1.959964):
-    """Wilson's score interval (95 %) of the share right / n -> (low, high), within [0, 1]."""
-    centre = (right + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
 
 def mcnemar(only_a, only_b):
     """Exact two-sided McNemar test -> p. If a and b were equally good, then whose question it is,

@@ -43,6 +43,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import model_info, try_to_load_from_cache
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -123,7 +124,7 @@ def read_jsonl(path):
                     raise UserError(f"{where}: a JSON object is expected, not {type(row).__name__}")
                 yield where, row
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
+        raise UserError(f"cannot read {path}: {error.strerror}. Is the path right?")
 
 
 def check_question(row, where, keys=("id", "question", "answer"), seen=None):
@@ -203,7 +204,11 @@ def resolve_model(name):
 def load_model(name, device):
     """A Hub id or local folder -> (model in fp32, without dropout, in eval mode; its Chat)."""
     path = resolve_model(name)
+    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"there is no folder {path}: name a model by its folder or its Hub id")
     try:
+        if not os.path.isdir(path) and not try_to_load_from_cache(path, "config.json"):
+            model_info(path, timeout=10)  # fails at once, where from_pretrained retries for minutes
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
@@ -1226,8 +1231,8 @@ def print_summary(args):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    questions = load_training_data(args)
     model, chat = load_model(args.student, device)
+    questions = load_training_data(args)
     check_lengths(model, chat, questions, args)
     open_run(args)
     print_plan(args, model, questions, device)

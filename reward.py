@@ -28,7 +28,8 @@ MARKER = re.compile(r"\\(?:boxed|fbox)\s*\{|####|(?:answer|Answer|ANSWER)[\s*_]*
                     r"(?::|(?i:is\b(?!\s+correct\b)|is(?=n['’]?t\b)))")
 LEAD = re.compile(r"[\s:*_$]*(?:(?:\\[\[(]|(?i:final answer\b))[\s:*_$]*)*")      # dressing
 SENTENCE = re.compile(r"(?<!\.\.)\.(?=[\s*_\"'”’$)A-Z]|\\[])]|$)|!(?=\s+[A-Z]|\s*$)|(?<!\\\\)\n")
-CLAUSE = re.compile(r"(?i)[.,;:!?—–]+\s|\s[(—–-]|\n|\.\.|\b(?:wait|actually|sorry|rather)\b")
+CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|incorrect|wrong)\b|[^\w\s]\s*"
+                        r"(?:no|but|so|then|however|rather|because|since|which|oops|hmm)\b")
 LINKS = {"or", "and", "the", "final", "correct", "text", "quad"}
 LINKED = re.compile(r"(?i)(?:\W*\b(?:or|and|the|final|correct))*\W*$")
 BRACE = re.compile(r"\\.|[{}]", re.S)
@@ -53,8 +54,10 @@ def _statements(output, kind):
         else:
             start = LEAD.match(output, mark.end()).end()
             rest = output[start:following.start() if following else None][:LONGEST]
-            text = re.split("\n" if kind in ("text", "choice") else SENTENCE, rest, maxsplit=1)[0]
-            end = start + len(CLAUSE.split(rest, 1)[0])
+            text = SENTENCE.split(rest, 1)[0]
+            end = start + len(CORRECTION.split(text, 1)[0])
+            if kind in ("text", "choice"):                       # "Mr. Smith", "b. the dog"
+                text = rest.split("\n", 1)[0]
             if following and text == rest:                       # runs into the next statement
                 text = text[:-40] + LINKED.sub("", text[-40:])
                 if not text or following[0][0] == "\\" and _read(text, kind) is None:
@@ -69,43 +72,43 @@ CHARACTERS = str.maketrans("−×·‘’“”`€£¥₹¢", "-**''\"\"      "
     ord("²"): "^2", ord("³"): "^3", ord("°"): r"^\circ ", ord("º"): r"^\circ "}
 COMMANDS = dict(zip(
     "le leq leqslant lt ge geq geqslant gt ne neq times cdot div pm cup in infty pi sqrt frac "
-    "dfrac tfrac cfrac alpha beta theta lambda lbrace rbrace left right big Big quad qquad displaystyle"
-    .split(), "≤≤≤<≥≥≥>≠≠**÷±∪∈∞π√ƒƒƒƒαβθλ{}       "))
+    "dfrac tfrac cfrac alpha beta theta lambda lbrace rbrace left right big Big quad qquad"
+    .split() + ["displaystyle"], "≤≤≤<≥≥≥>≠≠**÷±∪∈∞π√ƒƒƒƒαβθλ{}       "))
 REWRITE = [(re.compile(pattern, re.A), new) for pattern, new in [
-    (r"\\\\(?: ?\[[\d.]+[a-z]+\])?", "⌉,⌈"), (r"&", ","),         # a matrix becomes ⌈⌈1,2⌉,⌈3,4⌉⌉
+    (r"\\\\(?: ?\[[\d.]+[a-z]+\])?", "⌉,⌈"), (r"&", ","),         # a matrix: rows of cells
     (r"\\begin ?\{[pb]?matrix\}", "⌈⌈"), (r"(?:⌉,⌈)? ?\\end ?\{[pb]?matrix\}", "⌉⌉"),
     (r"\{,\}|,\\! ?", ","), (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""),       # 1{,}234 and 1\,234
-    (r"(?:\^ ?\{? ?\\circ ?\}?|\\degree) ?(?:[CF]\b)?|\\[,;:! ]|(?<=[\w{])~|\\?[%$]", " "),
-    (r"\\[()\[\]]|\*\*(?!\w)|(?<!\w)\*\*", " "), (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"),
+    (r"(?:\^ ?\{? ?\\circ ?\}?|\\degree) ?(?:[CF]\b)?|\\?[%$]|\\[()\[\]]", " "),
+    (r"\\[,;:! ]|(?<=\w)~|(?<=\{)~(?=[A-Za-z])|\*\*(?!\w)|(?<!\w)\*\*", " "),
     (r"\\([A-Za-z]+) ?", lambda hit: COMMANDS.get(hit[1], hit[0])), (r"\\([{}])", r"\1"),
+    (r"\*\*", "^"), (r"<=", "≤"), (r">=", "≥"), (r"([_^]) ?\{ ?(\w|\d+) ?\}", r"\1\2 "),
     (r"(?<![\\A-Za-z])sqrt", "√"), (r"(?<![\\A-Za-z])pi(?![a-z])", "π"),
-    (r"([_^]) ?\{ ?(\w|\d+) ?\}", r"\1\2 "), (r"([√ƒ]) ?(\d)", r"\1{\2}"),
-    (r"(ƒ ?\{[^{}]*\}) ?(\d)", r"\1{\2}")]]
+    (r"([√ƒ]) ?(\d)", r"\1{\2}"), (r"(ƒ ?\{[^{}]*\}) ?(\d)", r"\1{\2}")]]       # \frac12
 WRAP = re.compile(r"\\(?:text|math|bold|operatorname|[mf]?box)[a-z]* ?\{([^{}]*)\}")
 UNIT = re.compile(
-    r"(?:(?!^)\\(?:text|mbox|mathrm)[a-z]* ?\{(?! ?(?:and|or|[ied]) ?\})[^{}]*\}|(?<=[\d)\]}π])"
-    r"[ ,(-]*(?:[A-Za-z]{4,}|[ckm]m|[km]g|m[lL]|in|ft|mi|lbs?|hrs?|min|day)\b)"
+    r"(?:(?<=[\w)\]}∞])[ ,(-]*\\(?:text|mbox|mathrm)[a-z]* ?\{(?! ?(?:and|or|[ied]) ?\})[^{}]*\}"
+    r"|(?<=[\d)\]}π])[ ,(-]*(?:[A-Za-z]{4,}|[ckm]m|[km]g|m[lL]|in|ft|mi|lbs?|hrs?|min|day)\b)"
     r"(?: ?\^ ?\{?-?\d\}?|[ ,/().'*-]*(?:\\text ?\{[^{}]*\}|(?!and\b|or\b)[A-Za-z]+))*")
 NOT_A_UNIT = re.compile(                                         # but changes the number
-    r"(?i)\b(?:and|or|nor|not?|never|wrong|incorrect|(?:hundred|thousand|[mbt]r?illion|dozen|ten)s?"
-    r"|score|gross|hal(?:f|ves)|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:th|d)s?"
-    r"|squared|cubed|factorial|plus|minus|multiplied|divided|than|mod|base|if|to|out|least|most|ish"
-    r"|of [\dxyz]|\d ?(?:rd|st|nd|th))\b|n't")
+    r"(?i)\b(?:and|or|nor|not?|never|false|wrong|incorrect|plus|minus|multiplied|divided|than|mod"
+    r"|base|if|to|out|least|most|ish|squared|cubed|factorial|score|gross|hal(?:f|ves)"
+    r"|(?:hundred|thousand|[mbt]r?illion|dozen|ten)s?|of [\dxyz]|\d ?(?:rd|st|nd|th)"
+    r"|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:th|d)s?)\b|n't")
 INT = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|\d+)"
 LITERAL = (rf"[+-]? ?(?:(?:\d+ )?{INT}/[+-]?(?=[\d,]*[1-9]){INT}|(?:{INT}(?:\.\d*)?|\.\d+)"
            r"(?:[eE][+-]?\d{1,3}(?!\d))?)")
 FRAC = re.compile(rf" ?ƒ\{{([+-]?{INT})\}}\{{([+-]?{INT})\}}", re.A)
 NUMBER = re.compile(                                             # [x =] [currency] literal [unit]
-    r"(?!.*\b(?:because|since|where|so)\b.*=)(?:(?:[^<>≤≥≠!~:,;]|,(?=\d))*= ?)?(?:(?:USD?|EUR) ?)?"
+    r"(?:(?:[^<>≤≥≠!~:,;]|,(?=\d))*= ?)?(?:(?:USD?|EUR) ?)?"
     rf"({LITERAL})(?![ /(-]*[bcefijknopqruvwxyzBKMX]\b|a\b|[abcxyz]{{2,3}}\b|[/-]$|!|\.\.)"
-    r"[A-Za-zÀ-ɏµ .,;:'\"/()!?-]*", re.A)
-UNIT_POWER = re.compile(r"(?<=[A-Za-z}])(?:\^\{?-?\d\}?|(?<!\d[eE])[23])(?![\d.,])", re.A)
+    r"(?:[A-Za-zÀ-ɏµ .,;:'\"/()!?-]|(?:(?<=[A-Za-z])\^\{?-?\d\}?|(?<=[mt])[23])(?![\d.,]))*", re.A)
 CHOICE = re.compile(                                             # not the article A, not B or C
     r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter):? )[\"'(\[{]*)?(?:(?<=\()([A-Fa-f])"
     r"(?=\))|([B-F]|A(?! (?!because|since|as\b|is\b)\w))|([a-f])(?=\W*$|[.!] [A-Z]))"
-    r"(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w| is(?:n't| not| wrong| incorrect| false))"
-    r"(?!\W*(?:\b(?:and|n?or|to|through|plus|also|with|as|well|option|choice|maybe|possibly)\b\W*)+"
-    r"(?:[A-F]\b|[a-f]\))|\W*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))|\W*\([a-f]\))")
+    r"(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w| is(?:n't| not| wrong| incorrect| false))(?!\W*"
+    r"(?:\b(?:and|n?or|to|through|plus|also|with|as|well|option|choice|maybe|possibly)\b\W*)+"
+    r"(?:[A-F]\b|[a-f]\))|[^\w,&/;+]*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))"
+    r"|\W*\([a-f]\))")
 DATES = "%m/%d/%Y %m-%d-%Y %Y/%m/%d %Y-%m-%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y".split()
 
 
@@ -120,9 +123,10 @@ def _read(text, kind):
         text = WRAP.sub(r" \1 ", text)
     text = " ".join(text.split()).strip(' *_"$')
     if kind == "text":
-        text = re.sub(r"\b(?:an?|the) (?=\w)", "", text.casefold().strip(" .,;:!?'\"*_$"))
-        day = re.split(r"[.!] (?!\d)", text)[0]                  # "Sept. 3, 2020. It is a Thursday"
-        day = re.sub(r"^on |[a-z]+day\b|\bof\b|(?<=\d)[snrt][tdh]\b|(?<=sep)t\b|[.,]", " ", day)
+        text = re.sub(r'[*_"$]', "", text.casefold()).strip(" .,;:!?'")
+        text = re.sub(r"\b(?:an?|the) (?=\w)", "", text)
+        day = re.split(r"[.!] (?!\d)", text)[0]                  # "Sept. 3, 2020. That is a day"
+        day = re.sub(r"^on |\b[a-z]{3,6}day\b| of |(?<=\d)[snrt][tdh]\b|(?<=sep)t\b|[.,]", " ", day)
         for form in DATES:
             with suppress(ValueError):
                 return datetime.strptime("_".join(day.split()), form).strftime("%m/%d/%Y")
@@ -137,8 +141,9 @@ def _read(text, kind):
     # Spaces stay only between words or numbers, and in "1, 234", which is no 1,234.
     text = re.sub(r" (?!\w)|(?<![\w,]) |(?<=,) (?!\d{3})", "", text)
     if kind == "number":
-        text = UNIT_POWER.sub("", FRAC.sub(r" \1/\2", text).strip())
-        hit = None if NOT_A_UNIT.search(text) else NUMBER.fullmatch(text)
+        text = FRAC.sub(r" \1/\2", text).strip()
+        reason = re.search(r"\b(?:because|since|where|so)\b", text.rpartition("=")[0])
+        hit = None if reason or NOT_A_UNIT.search(text) else NUMBER.fullmatch(text)
         return hit and hit[1].replace(",", "")
     text = re.sub(r"[,;]? ?\b(?:and|or)\b ?|;", ",", text).rstrip(".,;:")
     parts = sorted(text.split(","))
@@ -221,7 +226,7 @@ def _evaluate(tokens, point, strength=0):
     elif token == "√":
         root = _evaluate(tokens, point, 9) if tokens[-1] == "[" else 2
         value = _evaluate(tokens, point, 9)
-        value = value.sqrt() if root == 2 else value ** (1 / root)
+        value = Decimal.sqrt(value) if root == 2 else value ** (1 / root)
     elif token.isalpha() or token == "∞":                        # any value will do, even for pi
         value = Decimal(random.Random(f"{token}{point}").uniform(1, 3)).copy_sign(point)
     else:

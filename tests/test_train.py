@@ -138,6 +138,43 @@ def wait_for_lines(path, lines, process):
     raise AssertionError(f"{path} never grew to {lines} lines")
 
 
+def test_weights_are_fp32_whatever_the_checkpoint_and_the_products(monkeypatch, tiny, tmp_path):
+    """D15: bf16 weights of 0.02 do not move under AdamW at 1e-6; the update is lost in rounding."""
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "bf16")
+    flags = ["--student", tmp_path / "bf16", *SMALL, "--sft-epochs", 1, "--sft-lr", "1e-6", "--steps", 0,
+             "--out", tmp_path / "run", "--bf16"]
+    call(monkeypatch, *flags)
+    before, after = weights(tmp_path / "bf16"), weights(tmp_path / "run")
+    assert all(value.dtype == torch.float32 for value in after.values())
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (after[name] != before[name].float()).double().mean()
+    assert moved > 0.9
+
+
+def test_gradient_checkpointing_changes_memory_only(monkeypatch, tiny, tmp_path):
+    """D17: layers are recomputed in train mode only, and there transformers drops the KV cache: a
+    sampler that runs in train mode sees no prompt. The same dialogues and metrics must come out."""
+    stories = []
+    for extra in ([], ["--gradient-checkpointing"]):
+        out = tmp_path / f"run{len(extra)}"
+        call(monkeypatch, "--student", tiny("gpt2"), *SMALL, "--sft-epochs", 1, "--steps", 2, "--out", out,
+             *extra)
+        stories.append(((out / "dialogues.txt").read_text(), metrics(out)[-1]["grad_norm"]))
+    assert stories[0][0] == stories[1][0]
+    assert float(stories[0][1]) == pytest.approx(float(stories[1][1]), rel=1e-3)
+
+
+def test_truncated_replies_are_counted(monkeypatch, tiny, tmp_path):
+    """D21: replies cut by the limit earn nothing, whatever they would have said; silently, training
+    stands still. Here every reply is cut, and the table says so."""
+    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1, "--max-new-tokens",
+         1, "--out", tmp_path / "run")
+    row, = metrics(tmp_path / "run")
+    assert float(row["truncated"]) > 0.9 and float(row["unparsed"]) == 1 and float(row["reward"]) == 0
+    assert float(row["zero_variance"]) == 1 and float(row["reply_tokens"]) == 1
+
+
 def test_ctrl_c_saves_and_resume_goes_on(monkeypatch, capsys, tiny, tmp_path):
     """The first signal finishes the step and saves it; nothing that was computed is lost."""
     flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 3, "--out", tmp_path / "run"]
