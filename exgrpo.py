@@ -1223,7 +1223,7 @@ def print_summary(args):
         for name in METRICS[1:]:
             first, last = (np.mean([float(row[name]) for row in part])
                            for part in (rows[:n], rows[-n:]))
-            print(f"{name:20}{first:9.3f} {last:9.3f}")
+            print(f"{name:20}{first:9.3g} {last:9.3g}")
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt\nnext: python evaluate.py "
           f"--model {args.out} --baseline {args.student} --data QUESTIONS.jsonl")
 

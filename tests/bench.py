@@ -1,4 +1,5 @@
-"""Benchmarks: each compares with a peer in the same run; a peer that is not installed is skipped with a word.
+"""Benchmarks: each compares with a peer in the same run; a peer that is not installed is skipped
+with a word.
 
     python tests/bench.py grader        # reward.py beside math-verify (pip install math-verify)
 """
@@ -16,7 +17,8 @@ def cpu():
     """The CPU's name, to stand beside every figure."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(": ")[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(": ")[1].strip() for line in file
+                        if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown CPU"
 
@@ -42,10 +44,12 @@ def grader():
                "last number, float ==": lambda output, gold, kind: last_number(output, gold)}
     try:
         from math_verify import parse, verify
-        graders["math-verify"] = lambda output, gold, kind: verify(parse(f"${gold}$"), parse(output))
+        graders["math-verify"] = lambda output, gold, kind: verify(parse(f"${gold}$"),
+                                                                   parse(output))
     except ImportError:
         print("math-verify is not installed (pip install math-verify): skipped")
-    print(f"{len(cases)} cases, 1 thread, {cpu()}\n{'grader':24}{'right':>8}{'wrong paid':>12}{'s per 1,000':>13}")
+    print(f"{len(cases)} cases, 1 thread, {cpu()}\n"
+          f"{'grader':24}{'right':>8}{'wrong paid':>12}{'s per 1,000':>13}")
     for name, grade in graders.items():
         start = time.perf_counter()
         paid = [grade(output, gold, kind) for _, kind, gold, _, output in cases]

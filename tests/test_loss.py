@@ -27,7 +27,8 @@ def trl_inputs(case):
 
 @pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: case["label"])
 def test_policy_loss_equals_trl(case):
-    """Value, gradient, KL and clip share to 1e-9, ratios on both sides of the clip range, ragged rows."""
+    """Value, gradient, KL and clip share to 1e-9, ratios on both sides of the clip range, ragged
+    rows."""
     logps, old, ref, advantages, mask = trl_inputs(case)
     logps.requires_grad_()
     loss, stats = exgrpo.policy_loss(logps, old, ref, advantages, mask, epsilon=case["epsilon"],
@@ -55,7 +56,8 @@ def test_group_advantages_equal_trl():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_have_advantage_exactly_zero(value, members, dtype):
     """D9: eight rewards of 0.6 have a deviation of 1e-8 in fp32; with a small epsilon that is an
-    advantage of 0.81. In double precision something is left too, and "no advantage" is tested by == 0."""
+    advantage of 0.81. In double precision something is left too, and "no advantage" is tested
+    by == 0."""
     rewards = torch.full((2, members), value, dtype=dtype)
     assert exgrpo.group_advantages(rewards).abs().max() == 0
 
@@ -68,8 +70,8 @@ def test_a_group_of_one_is_refused():
 @pytest.mark.parametrize("advantage, ratio, gradient", [
     (1.0, 0.5, 0.5), (1.0, 1.5, 0.0), (-1.0, 0.5, 0.0), (-1.0, 1.5, -1.5)])
 def test_clip_acts_on_the_right_side(advantage, ratio, gradient):
-    """D14: for a negative advantage the bound is the lower one; reversed, a bad token is pushed down
-    without end. d objective / d logp is ratio * advantage where nothing is clipped, else 0."""
+    """D14: for a negative advantage the bound is the lower one; reversed, a bad token is pushed
+    down without end. d objective / d logp is ratio * advantage where nothing is clipped, else 0."""
     logps = tensor([[math.log(ratio)]]).requires_grad_()
     zero = torch.zeros(1, 1, dtype=torch.float64)
     loss, stats = exgrpo.policy_loss(logps, zero, zero, tensor([advantage]), torch.ones(1, 1),
@@ -80,8 +82,8 @@ def test_clip_acts_on_the_right_side(advantage, ratio, gradient):
 
 
 def test_ratio_one_has_the_gradient_of_reinforce():
-    """D19: on fresh samples the ratio is 1 and the loss is minus the mean advantage, yet its gradient is
-    that of advantage * log pi. An implementation without it learns nothing."""
+    """D19: on fresh samples the ratio is 1 and the loss is minus the mean advantage, yet its
+    gradient is that of advantage * log pi. An implementation without it learns nothing."""
     logps = tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]]).requires_grad_()
     mask, advantages = torch.tensor([[1, 1, 1], [1, 1, 0]]), tensor([0.7, -1.2])
     loss, _ = exgrpo.policy_loss(logps, logps.detach(), logps.detach(), advantages, mask,
@@ -91,8 +93,8 @@ def test_ratio_one_has_the_gradient_of_reinforce():
 
 
 def test_k3_is_the_kl_and_its_gradient_that_of_the_reverse_kl():
-    """D13: over a whole vocabulary of six, E_pi[k3] is KL(pi || ref); the gradient of k3 as a loss is that
-    of KL(ref || pi). A wrong sign would reward leaving the reference."""
+    """D13: over a whole vocabulary of six, E_pi[k3] is KL(pi || ref); the gradient of k3 as a loss
+    is that of KL(ref || pi). A wrong sign would reward leaving the reference."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
     ref = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
@@ -124,8 +126,8 @@ def test_kl_of_a_fled_policy_is_finite():
 
 
 def test_padding_may_hold_anything_and_inputs_stay_as_they_are():
-    """D23: nan * 0 is nan, so a mask must select, not multiply; and writing into a view of the batch
-    doubled nano-aha's token count."""
+    """D23: nan * 0 is nan, so a mask must select, not multiply; and writing into a view of the
+    batch doubled nano-aha's token count."""
     case = TRL["cases"][0]
     inputs = trl_inputs(case)
     clean, _ = exgrpo.policy_loss(*inputs, epsilon=0.2, beta=0.04)
@@ -152,7 +154,8 @@ def test_separate_normalisation_cancels_the_bonus():
     """{0, 1} and {0, 1 + delta} have the same z-scores, up to the epsilon of 1e-4."""
     without = paid([1, 1, 1, 0], [0, 0, 0, 0], 0.0, "separate")[0]
     for delta in (0.1, 0.5, 5.0):
-        assert torch.allclose(paid([1, 1, 1, 0], [0, 0, 0, 0], delta, "separate")[0], without, atol=1e-3)
+        assert torch.allclose(paid([1, 1, 1, 0], [0, 0, 0, 0], delta, "separate")[0], without,
+                              atol=1e-3)
     assert torch.allclose(without, tensor([[0.5, 0.5, 0.5, -1.5]]), atol=1e-3)
 
 
@@ -167,20 +170,22 @@ THREE = list(itertools.product([0, 1], repeat=3))
 
 @pytest.mark.parametrize("full, partial", list(itertools.product(THREE, THREE)))
 def test_added_bonus_pays_correct_full_dialogues_only(full, partial):
-    """Over every outcome of two groups of three: the bonus lifts correct full dialogues by delta, changes
-    no other advantage, and nothing correct is below 0."""
+    """Over every outcome of two groups of three: the bonus lifts correct full dialogues by delta,
+    changes no other advantage, and nothing correct is below 0."""
     base = paid(full, partial, 0.0, "added")
     ours = paid(full, partial, 0.5, "added")
     earned = 0.5 if sum(full) > sum(partial) else 0.0
     assert torch.allclose(ours[0] - base[0], earned * tensor([full]))
     assert torch.equal(ours[1], base[1])
-    assert (ours[0][tensor([full]) == 1] >= 0).all() and (ours[1][tensor([partial]) == 1] >= 0).all()
+    assert ((ours[0][tensor([full]) == 1] >= 0).all()
+            and (ours[1][tensor([partial]) == 1] >= 0).all())
 
 
 # -------------------------------------------------------------------- log-probs and whole gradients
 
-ARGS = types.SimpleNamespace(group_size=3, max_new_tokens=10, temperature=0.7, micro_batch_tokens=10 ** 6,
-                             bf16=False, beta=0.04, epsilon=0.2, aux_weight=0.3, updates=1, turns=2)
+ARGS = types.SimpleNamespace(group_size=3, max_new_tokens=10, temperature=0.7,
+                             micro_batch_tokens=10 ** 6, bf16=False, beta=0.04, epsilon=0.2,
+                             aux_weight=0.3, updates=1, turns=2)
 
 
 def changed(**values):
@@ -189,8 +194,9 @@ def changed(**values):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "gemma3"])
 def test_token_logprobs_padded_equal_unpadded(loaded, kind):
-    """D6, D8: right-padded rows of ragged lengths, at exactly the places of the mask, equal the plain
-    log_softmax of each row alone. A mask that is off by one speaks of the neighbouring token."""
+    """D6, D8: right-padded rows of ragged lengths, at exactly the places of the mask, equal the
+    plain log_softmax of each row alone. A mask that is off by one speaks of the neighbouring
+    token."""
     model, _ = loaded(kind)
     rows = [[5, 17, 9, 40, 262, 262, 7], [8, 262, 3], [11, 12, 13, 14, 15]]
     masks = [[0, 0, 1, 1, 1, 0, 1], [0, 1, 1], [0, 1, 0, 1, 0]]
@@ -206,7 +212,8 @@ def test_token_logprobs_padded_equal_unpadded(loaded, kind):
 
 
 def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
-    """D29: with a large vocabulary the logits are formed in chunks, and again in the backward pass."""
+    """D29: with a large vocabulary the logits are formed in chunks, and again in the backward
+    pass."""
     model, _ = loaded("qwen2")
     ids = torch.randint(2, 260, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -233,7 +240,8 @@ def test_dropout_is_off_even_in_train_mode(loaded):
 
 
 def a_step(model, chat, seed=0):
-    """Two questions, full and forked partial dialogues, teacher dialogues, and advantages by hand."""
+    """Two questions, full and forked partial dialogues, teacher dialogues, and advantages by
+    hand."""
     scripts = [["Why?", "So? " * 4, "The question"], ["What if?", "Then?", "The other"]]
     rng = torch.Generator().manual_seed(seed)
     full, cache = exgrpo.converse(model, chat, scripts, ARGS, rng)
@@ -280,7 +288,8 @@ def test_gradients_do_not_depend_on_micro_batches(loaded, kind, loose_clip):
     model, chat = loaded(kind)
     whole, metrics = gradient_of(model, chat, ARGS)
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    for args, order in ((changed(micro_batch_tokens=1), None), (changed(micro_batch_tokens=150), None),
+    for args, order in ((changed(micro_batch_tokens=1), None),
+                        (changed(micro_batch_tokens=150), None),
                         (changed(micro_batch_tokens=150), shuffled)):
         parts, again = gradient_of(model, chat, args, order=order)
         assert torch.allclose(whole, parts, atol=1e-5 * whole.abs().max().item())
@@ -299,27 +308,29 @@ def test_each_term_changes_the_gradient(loaded, tiny, loose_clip):
     whole, metrics = gradient_of(model, chat, ARGS, reference=reference)
     assert metrics["kl"] > 0
     for args in (changed(beta=0.0), changed(aux_weight=0.0), changed(temperature=1.0)):
-        assert not torch.allclose(whole, gradient_of(model, chat, args, reference=reference)[0], rtol=1e-2)
+        assert not torch.allclose(whole, gradient_of(model, chat, args, reference=reference)[0],
+                                  rtol=1e-2)
     bonus = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
     bonus[:6] += 0.5
     assert not torch.allclose(whole, gradient_of(model, chat, ARGS, bonus, reference)[0], rtol=1e-2)
 
 
 def test_the_first_update_has_ratio_one_and_agrees_with_the_sampler(loaded, loose_clip):
-    """D18: the log-probs of the scorer are those of the sampler, so the first ratio is 1; a gap here is
-    the first sign of a wrong mask, temperature, position or precision."""
+    """D18: the log-probs of the scorer are those of the sampler, so the first ratio is 1; a gap
+    here is the first sign of a wrong mask, temperature, position or precision."""
     model, chat = loaded("llama")
     _, metrics = gradient_of(model, chat, changed(beta=0.0))
     assert metrics["clip_share"] == 0
     assert metrics["sampler_gap"] < 1e-4
     dialogues, advantages, _ = a_step(model, chat)
     counts = torch.tensor([float(sum(d.mask)) for d in dialogues], dtype=torch.float64)
-    assert metrics["loss"] == pytest.approx(-(counts * advantages).sum().item() / counts.sum().item(),
-                                            abs=1e-6)
+    assert metrics["loss"] == pytest.approx(
+        -(counts * advantages).sum().item() / counts.sum().item(), abs=1e-6)
 
 
 def test_dialogues_without_advantage_are_not_forwarded(loaded, loose_clip, monkeypatch):
-    """Skipping them saves their passes and changes nothing: the divisor still counts their tokens."""
+    """Skipping them saves their passes and changes nothing: the divisor still counts their
+    tokens."""
     model, chat = loaded("llama")
     advantages = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
     advantages[:6] = 0.0
@@ -327,14 +338,16 @@ def test_dialogues_without_advantage_are_not_forwarded(loaded, loose_clip, monke
     tiny_but_there = advantages + 1e-30
     whole, _ = gradient_of(model, chat, args, tiny_but_there)
     own = exgrpo.token_logprobs
-    monkeypatch.setattr(exgrpo, "token_logprobs", lambda m, ids, *a: rows.append(len(ids)) or own(m, ids, *a))
+    monkeypatch.setattr(exgrpo, "token_logprobs",
+                        lambda m, ids, *a: rows.append(len(ids)) or own(m, ids, *a))
     skipped, _ = gradient_of(model, chat, args, advantages)
     assert sum(rows) == 6
     assert torch.allclose(whole, skipped, atol=1e-6)
 
 
 def test_a_second_update_uses_the_stored_log_probs(loaded, loose_clip):
-    """D19: with old log-probs formed anew at each update the ratio would be 1 for ever, and the clip dead."""
+    """D19: with old log-probs formed anew at each update the ratio would be 1 for ever, and the
+    clip dead."""
     model, chat = loaded("llama")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     dialogues, advantages, teacher = a_step(model, chat)
@@ -348,8 +361,9 @@ def test_a_second_update_uses_the_stored_log_probs(loaded, loose_clip):
 
 
 def test_sft_ids_are_prompt_plus_reply_plus_end(loaded):
-    """D24: a mask from the length of a prefix that is tokenised apart is off where tokens merge across
-    the seam; here ids are joined, so that the reply's first and end tokens are exactly masked in."""
+    """D24: a mask from the length of a prefix that is tokenised apart is off where tokens merge
+    across the seam; here ids are joined, so that the reply's first and end tokens are exactly
+    masked in."""
     model, chat = loaded("gpt2")
     row = {"question": "the theme", "rationale": "and so.", "answer": "3", "answer_type": "number"}
     example = exgrpo.teacher_dialogue(chat, [row])
@@ -367,8 +381,8 @@ def test_auxiliary_dialogue_trains_the_teachers_probe_replies_only(loaded):
     trained = [i for i, m in zip(dialogue.ids, dialogue.mask) if m]
     assert trained == chat.reply("So. The answer is 3.") + chat.reply("The answer is yes.")
     assert dialogue.ids == chat.prompt([
-        exgrpo.ask("Why?", "number"), "So. The answer is 3.", exgrpo.ask("If?", "yesno")]) + chat.reply(
-        "The answer is yes.")
+        exgrpo.ask("Why?", "number"), "So. The answer is 3.",
+        exgrpo.ask("If?", "yesno")]) + chat.reply("The answer is yes.")
 
 
 def test_micro_batches_hold_every_row_once():

@@ -18,7 +18,8 @@ def own_logps(model, ids, temperature):
     """What the model itself says, by the plainest route: no cache, no padding, full log_softmax."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return torch.log_softmax(logits / temperature, -1).gather(
+        1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def assert_sampled_as_scored(model, dialogue, temperature):
@@ -42,7 +43,8 @@ def test_greedy_equals_generate(loaded, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dialogue_logps_equal_the_models_own_at_every_turn(loaded, kind):
-    """D5, D8: groups of several turns and ragged lengths, finished rows gone from the batch, T = 0.7.
+    """D5, D8: groups of several turns and ragged lengths, finished rows gone from the batch,
+    T = 0.7.
 
     Scoring at T = 1 what was sampled at another temperature biases every ratio; padding without
     positions moved log-probs by up to 4 nats on learned positions (GPT-2).
@@ -84,8 +86,8 @@ def test_fork_at_zero_is_the_bare_question(loaded):
 
 
 def test_full_vocabulary_and_frequencies():
-    """D4: transformers' generate draws from the top 50 unless told otherwise. Here 400 tokens of equal
-    probability must all come up, and a sharp distribution must come up in its proportions."""
+    """D4: transformers' generate draws from the top 50 unless told otherwise. Here 400 tokens of
+    equal probability must all come up, and a sharp distribution must come up in its proportions."""
     u = torch.rand(20000, generator=generator(), dtype=torch.float64)
     tokens, logps = exgrpo.draw(torch.zeros(20000, 400), 1.0, u)
     assert len(tokens.unique()) == 400
@@ -105,7 +107,8 @@ def test_draw_never_picks_what_has_no_probability():
 
 def test_first_tokens_of_a_group_differ(loaded):
     """D20: nanochat broadcast one first token to the whole group for two and a half months. With 16
-    draws that are uniform over more than 200 tokens, all equal by chance happens less than once in 10^34."""
+    draws that are uniform over more than 200 tokens, all equal by chance happens less than
+    once in 10^34."""
     model, chat = loaded("llama")
     head = model.get_output_embeddings().weight
     kept, head.data = head.data, torch.zeros_like(head.data)
@@ -118,7 +121,8 @@ def test_first_tokens_of_a_group_differ(loaded):
 
 
 def test_a_rows_luck_depends_on_no_other_row(loaded):
-    """Rows that finish leave the batch; the rows that stay must sample what they would have sampled."""
+    """Rows that finish leave the batch; the rows that stay must sample what they would have
+    sampled."""
     model, chat = loaded("llama")
     prompts = [chat.first("Why? " * n) for n in (1, 2, 3)]
     def replies(stop_ids):
@@ -157,8 +161,9 @@ def test_every_end_token_stops(loaded):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_dialogue_ids_grow_and_the_mask_marks_what_was_sampled(loaded, kind):
-    """D2, D3, D6: what the user says is never trained, the first end token is, and a truncated reply
-    gets an end token that is not. pad == eos here: a mask made from values would drop the end token."""
+    """D2, D3, D6: what the user says is never trained, the first end token is, and a truncated
+    reply gets an end token that is not. pad == eos here: a mask made from values would drop the end
+    token."""
     model, chat = loaded(kind)
     assert chat.tokenizer.pad_token_id == chat.end_id
     dialogue = exgrpo.Dialogue()
@@ -174,8 +179,8 @@ def test_dialogue_ids_grow_and_the_mask_marks_what_was_sampled(loaded, kind):
 
 
 def test_prompt_equals_the_templates_own_rendering(loaded):
-    """D2: rendering only the new user turn would repeat the default system prompt; what is appended must
-    be the difference of two renderings."""
+    """D2: rendering only the new user turn would repeat the default system prompt; what is appended
+    must be the difference of two renderings."""
     model, chat = loaded("llama")
     turns = ["Why?", "Because.", "And then?", "Nothing.", "So?"]
     assert chat.prompt(turns) == chat._render(*turns, reply_next=True)
@@ -203,8 +208,9 @@ def test_special_tokens_inside_a_question_open_no_turn(loaded):
 
 
 def test_sampled_text_is_never_encoded_again(loaded, monkeypatch):
-    """D1: decode, append, encode changes the ids (92 of 300 samples on SmolLM2), so that the trained
-    tokens are not the sampled ones. Here encode sees the user's words only, never what was sampled."""
+    """D1: decode, append, encode changes the ids (92 of 300 samples on SmolLM2), so that the
+    trained tokens are not the sampled ones. Here encode sees the user's words only, never what was
+    sampled."""
     model, chat = loaded("llama")
     seen, encode, render = [], chat.encode, chat._render
     monkeypatch.setattr(chat, "encode", lambda text: seen.append(text) or encode(text))
@@ -212,7 +218,8 @@ def test_sampled_text_is_never_encoded_again(loaded, monkeypatch):
         *turns, reply_next=reply_next))
     dialogues, _ = exgrpo.converse(model, chat, [["Why?", "And then?", "So?"]], ARGS, generator())
     assert set(seen) <= {"Why?", "And then?", "So?", "x", "y"}
-    survive = [chat.encode(chat.tokenizer.decode(ids)) == ids for d in dialogues for ids in d.replies]
+    survive = [chat.encode(chat.tokenizer.decode(ids)) == ids
+               for d in dialogues for ids in d.replies]
     assert not all(survive), "the sample should hold ids that encode would not choose"
     for dialogue in dialogues:
         sampled = [i for i, m in zip(dialogue.ids, dialogue.mask) if m]

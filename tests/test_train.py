@@ -22,7 +22,8 @@ SMALL = ["--probes", PROBES, "--group-size", "3", "--turns", "2", "--questions-p
 
 
 def call(monkeypatch, *flags, expect=0):
-    """Runs exgrpo.py's main in this process, as the shell would; returns nothing, checks the exit code."""
+    """Runs exgrpo.py's main in this process, as the shell would; returns nothing, checks the exit
+    code."""
     monkeypatch.setattr(sys, "argv", ["exgrpo.py", *map(str, flags)])
     exgrpo.STOP.clear()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -59,22 +60,27 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind, extra", [
     ("llama", []), ("gpt2", ["--partial", "independent", "--advantage", "pooled"]),
-    ("qwen2", ["--turns", "0"]), ("gemma", ["--bf16", "--gradient-checkpointing", "--updates", "2"]),
+    ("qwen2", ["--turns", "0"]),
+    ("gemma", ["--bf16", "--gradient-checkpointing", "--updates", "2"]),
     ("llama", ["--lora-rank", "2"]), ("gpt2", ["--lora-rank", "2", "--gradient-checkpointing"]),
-    ("gemma3", ["--sft-epochs", "0", "--advantage", "separate", "--beta", "0", "--aux-weight", "0"])])
+    ("gemma3", ["--sft-epochs", "0", "--advantage", "separate", "--beta", "0",
+                "--aux-weight", "0"])])
 def test_a_run_leaves_a_plain_model_and_its_story(monkeypatch, capsys, tiny, tmp_path, kind, extra):
     out = tmp_path / "run"
-    call(monkeypatch, "--student", tiny(kind), *SMALL, "--sft-epochs", 1, "--steps", 2, "--out", out, *extra)
+    call(monkeypatch, "--student", tiny(kind), *SMALL, "--sft-epochs", 1, "--steps", 2,
+         "--out", out, *extra)
     assert f"--model {out}" in capsys.readouterr().out
     assert [row["step"] for row in metrics(out)] == ["1", "2"]
     assert list(metrics(out)[0]) == exgrpo.METRICS
-    assert all(float(row["sampler_gap"]) < (0.5 if "--bf16" in extra else 1e-3) for row in metrics(out))
+    assert all(float(row["sampler_gap"]) < (0.5 if "--bf16" in extra else 1e-3)
+               for row in metrics(out))
     assert "==== step 2, question" in (out / "dialogues.txt").read_text()
     model = AutoModelForCausalLM.from_pretrained(out)
     start = AutoModelForCausalLM.from_pretrained(tiny(kind)).state_dict()
     assert model.state_dict().keys() == start.keys()
     if "--aux-weight" not in extra and "--turns" not in extra:
-        assert any(not torch.equal(start[name], value) for name, value in model.state_dict().items())
+        assert any(not torch.equal(start[name], value)
+                   for name, value in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(out).chat_template == (
         AutoTokenizer.from_pretrained(tiny(kind)).chat_template)
 
@@ -84,7 +90,8 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
     ids = torch.arange(2, 30)[None]
     before = model(ids).logits.detach()
     exgrpo.add_lora(model, 2, 8.0)
-    assert set(exgrpo.trainable(model)) and all(".A" in n or ".B" in n for n in exgrpo.trainable(model))
+    assert set(exgrpo.trainable(model)) and all(".A" in n or ".B" in n
+                                                for n in exgrpo.trainable(model))
     assert torch.equal(model(ids).logits, before)
     with torch.no_grad():
         for name, parameter in exgrpo.trainable(model).items():
@@ -101,21 +108,25 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
 
 @pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"]])
 def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra):
-    """D28: SIGKILL in the warm-up, SIGKILL among the ExGRPO steps, then --resume: the same weights to the
-    last bit, and the same logs, as the run that nobody disturbed. nano-aha repeats a batch here."""
-    flags = [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--student", tiny("llama"), *SMALL, *extra,
-             "--sft-epochs", "2", "--sft-batch-size", "24", "--steps", "6", "--save-every", "2"]
+    """D28: SIGKILL in the warm-up, SIGKILL among the ExGRPO steps, then --resume: the same weights
+    to the last bit, and the same logs, as the run that nobody disturbed. nano-aha repeats a batch
+    here."""
+    flags = [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--student", tiny("llama"), *SMALL,
+             *extra, "--sft-epochs", "2", "--sft-batch-size", "24", "--steps", "6",
+             "--save-every", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     quiet, broken = str(tmp_path / "quiet"), str(tmp_path / "broken")
     subprocess.run([*flags, "--out", quiet], check=True, env=environment, capture_output=True)
-    for log, rows in (("sft.csv", 4), ("metrics.csv", 4)):  # header + 3 steps: one past a checkpoint
+    # header + 3 steps: one past a checkpoint
+    for log, rows in (("sft.csv", 4), ("metrics.csv", 4)):
         resume = ["--resume"] if os.path.exists(broken) else []
         process = subprocess.Popen([*flags, "--out", broken, *resume], env=environment,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for_lines(os.path.join(broken, log), rows, process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    subprocess.run([*flags, "--out", broken, "--resume"], check=True, env=environment, capture_output=True)
+    subprocess.run([*flags, "--out", broken, "--resume"], check=True, env=environment,
+                   capture_output=True)
     assert same(weights(quiet), weights(broken))
     assert same(weights(os.path.join(quiet, "sft")), weights(os.path.join(broken, "sft")))
     for name in ("sft.csv", "dialogues.txt"):
@@ -140,10 +151,11 @@ def wait_for_lines(path, lines, process):
 
 def test_weights_are_fp32_whatever_the_checkpoint_and_the_products(monkeypatch, tiny, tmp_path):
     """D15: bf16 weights of 0.02 do not move under AdamW at 1e-6; the update is lost in rounding."""
-    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "bf16")
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "bf16")
-    flags = ["--student", tmp_path / "bf16", *SMALL, "--sft-epochs", 1, "--sft-lr", "1e-6", "--steps", 0,
-             "--out", tmp_path / "run", "--bf16"]
+    flags = ["--student", tmp_path / "bf16", *SMALL, "--sft-epochs", 1, "--sft-lr", "1e-6",
+             "--steps", 0, "--out", tmp_path / "run", "--bf16"]
     call(monkeypatch, *flags)
     before, after = weights(tmp_path / "bf16"), weights(tmp_path / "run")
     assert all(value.dtype == torch.float32 for value in after.values())
@@ -158,8 +170,8 @@ def test_gradient_checkpointing_changes_memory_only(monkeypatch, tiny, tmp_path)
     stories = []
     for extra in ([], ["--gradient-checkpointing"]):
         out = tmp_path / f"run{len(extra)}"
-        call(monkeypatch, "--student", tiny("gpt2"), *SMALL, "--sft-epochs", 1, "--steps", 2, "--out", out,
-             *extra)
+        call(monkeypatch, "--student", tiny("gpt2"), *SMALL, "--sft-epochs", 1, "--steps", 2,
+             "--out", out, *extra)
         stories.append(((out / "dialogues.txt").read_text(), metrics(out)[-1]["grad_norm"]))
     assert stories[0][0] == stories[1][0]
     assert float(stories[0][1]) == pytest.approx(float(stories[1][1]), rel=1e-3)
@@ -168,18 +180,21 @@ def test_gradient_checkpointing_changes_memory_only(monkeypatch, tiny, tmp_path)
 def test_truncated_replies_are_counted(monkeypatch, tiny, tmp_path):
     """D21: replies cut by the limit earn nothing, whatever they would have said; silently, training
     stands still. Here every reply is cut, and the table says so."""
-    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1, "--max-new-tokens",
-         1, "--out", tmp_path / "run")
+    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1,
+         "--max-new-tokens", 1, "--out", tmp_path / "run")
     row, = metrics(tmp_path / "run")
-    assert float(row["truncated"]) > 0.9 and float(row["unparsed"]) == 1 and float(row["reward"]) == 0
+    assert (float(row["truncated"]) > 0.9 and float(row["unparsed"]) == 1
+            and float(row["reward"]) == 0)
     assert float(row["zero_variance"]) == 1 and float(row["reply_tokens"]) == 1
 
 
 def test_ctrl_c_saves_and_resume_goes_on(monkeypatch, capsys, tiny, tmp_path):
     """The first signal finishes the step and saves it; nothing that was computed is lost."""
-    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 3, "--out", tmp_path / "run"]
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 3,
+             "--out", tmp_path / "run"]
     own = exgrpo.log_step
-    monkeypatch.setattr(exgrpo, "log_step", lambda *a: own(*a) or os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(exgrpo, "log_step",
+                        lambda *a: own(*a) or os.kill(os.getpid(), signal.SIGTERM))
     call(monkeypatch, *flags, expect=130)
     assert "Saved after step 1" in capsys.readouterr().err
     monkeypatch.setattr(exgrpo, "log_step", own)
@@ -190,8 +205,9 @@ def test_ctrl_c_saves_and_resume_goes_on(monkeypatch, capsys, tiny, tmp_path):
 
 
 def test_reward_rises(monkeypatch, tiny, tmp_path):
-    """The only end-to-end proof. Each question also stands as a probe with a wrong answer, so that the
-    warm-up leaves a policy that is undecided between two answers; reinforcement must find the right one."""
+    """The only end-to-end proof. Each question also stands as a probe with a wrong answer, so that
+    the warm-up leaves a policy that is undecided between two answers; reinforcement must find the
+    right one."""
     rows = [{"ei": {}}]
     for i, (question, right, wrong) in enumerate([("Sun?", "4", "7"), ("Moon?", "8", "5")]):
         probe = {"rule": "R7", "probe": question, "rationale": "", "answer": wrong,
@@ -200,29 +216,31 @@ def test_reward_rises(monkeypatch, tiny, tmp_path):
                      "rationale": "", "kept": True, "probes": [probe], "declined": []})
     path = tmp_path / "probes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    call(monkeypatch, "--student", tiny("llama"), "--probes", path, "--out", tmp_path / "run", "--device",
-         "cpu", "--turns", 1, "--group-size", 8, "--questions-per-step", 2, "--max-new-tokens", 22,
-         "--sft-epochs", 150, "--sft-batch-size", 4, "--sft-lr", 5e-3, "--steps", 30, "--lr", 1e-3,
-         "--aux-weight", 0, "--save-every", 1000)
-    right = [(float(row["acc_full"]) + float(row["acc_partial"])) / 2 for row in metrics(tmp_path / "run")]
+    call(monkeypatch, "--student", tiny("llama"), "--probes", path, "--out", tmp_path / "run",
+         "--device", "cpu", "--turns", 1, "--group-size", 8, "--questions-per-step", 2,
+         "--max-new-tokens", 22, "--sft-epochs", 150, "--sft-batch-size", 4, "--sft-lr", 5e-3,
+         "--steps", 30, "--lr", 1e-3, "--aux-weight", 0, "--save-every", 1000)
+    right = [(float(row["acc_full"]) + float(row["acc_partial"])) / 2
+             for row in metrics(tmp_path / "run")]
     first, last = sum(right[:6]) / 6, sum(right[-6:]) / 6
     assert 0.1 < first < 0.7, f"the warm-up should leave the policy undecided, not at {first:.2f}"
     assert last > first + 0.25, f"accuracy went from {first:.2f} to {last:.2f}"
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 def write(tmp_path, *lines):
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line)
+                              for line in lines))
     return path
 
 
 HEADER = {"ei": {"teacher": "t"}}
 PROBE = {"rule": "R1", "probe": "p?", "rationale": "r", "answer": "1", "answer_type": "number",
          "consistent": True, "student_correct": None}
-ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rationale": "", "kept": True,
-       "probes": [PROBE], "declined": []}
+ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rationale": "",
+       "kept": True, "probes": [PROBE], "declined": []}
 
 
 @pytest.mark.parametrize("lines, saying", [
@@ -243,10 +261,11 @@ ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rat
     ([HEADER, ROW | {"kept": False}], ["none of its 1 questions"]),
     ([HEADER, ROW | {"probes": [PROBE | {"consistent": False}]}], ["none of its 1 questions"]),
 ])
-def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp_path, lines, saying):
+def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp_path, lines,
+                                                  saying):
     out = tmp_path / "run"
-    fails(monkeypatch, capsys, "--student", tiny("llama"), "--probes", write(tmp_path, *lines), "--out", out,
-          saying=saying)
+    fails(monkeypatch, capsys, "--student", tiny("llama"), "--probes", write(tmp_path, *lines),
+          "--out", out, saying=saying)
     assert not out.exists()
 
 
@@ -267,16 +286,18 @@ def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp
 def test_bad_flags(monkeypatch, capsys, tiny, tmp_path, flags, saying):
     if flags == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
-    fails(monkeypatch, capsys, "--student", tiny("llama"), "--probes", PROBES, "--out", tmp_path / "run",
-          *flags, saying=saying)
+    fails(monkeypatch, capsys, "--student", tiny("llama"), "--probes", PROBES,
+          "--out", tmp_path / "run", *flags, saying=saying)
 
 
 def test_a_student_that_cannot_be_fetched(monkeypatch, capsys, tmp_path):
-    """Without a network: the resolved name, that it could not be fetched, and that a folder works."""
+    """Without a network: the resolved name, that it could not be fetched, and that a folder
+    works."""
     assert exgrpo.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     assert exgrpo.resolve_model("someone/model") == "someone/model"
-    fails(monkeypatch, capsys, "--student", "Qwen2.5-0.5B", "--probes", PROBES, "--out", tmp_path / "run",
-          saying=["Qwen/Qwen2.5-0.5B", "could not be fetched", "local folder"])
+    fails(monkeypatch, capsys, "--student", "Qwen2.5-0.5B", "--probes", PROBES,
+          "--out", tmp_path / "run", saying=["Qwen/Qwen2.5-0.5B", "could not be fetched",
+                                             "local folder"])
     (tmp_path / "empty").mkdir()
     fails(monkeypatch, capsys, "--student", tmp_path / "empty", "--probes", PROBES, "--out",
           tmp_path / "run", saying=[str(tmp_path / "empty"), "no model"])
@@ -310,7 +331,8 @@ def test_another_run_is_never_overwritten(monkeypatch, capsys, tiny, tmp_path):
 
 def test_no_space_left(monkeypatch, capsys, tiny, tmp_path):
     """The checkpoint is written beside the old one, which stays whole when the disk is full."""
-    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--save-every", 1, "--out", tmp_path / "run"]
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--save-every", 1,
+             "--out", tmp_path / "run"]
     call(monkeypatch, *flags, "--steps", 1)
     capsys.readouterr()
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()

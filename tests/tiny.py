@@ -1,4 +1,5 @@
-"""Tiny random checkpoints for the tests: real architectures, 2 layers, a byte-level tokenizer with pad == eos.
+"""Tiny random checkpoints for the tests: real architectures, 2 layers, a byte-level tokenizer with
+pad == eos.
 
     python tests/tiny.py llama FOLDER
 """
@@ -7,8 +8,8 @@ import sys
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPT2Config, LlamaConfig,
-                          MistralConfig, PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPT2Config,
+                          LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|open|>system\nBe brief.<|end|>\n{% endif %}"
@@ -20,8 +21,10 @@ CONFIGS = {
     "llama": lambda **ids: LlamaConfig(**SHAPE, **ids),
     "qwen2": lambda **ids: Qwen2Config(**SHAPE, tie_word_embeddings=True, **ids),
     "gemma": lambda **ids: GemmaConfig(**SHAPE, **ids),
-    "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, **ids),  # dropout 0.1
-    "mistral": lambda **ids: MistralConfig(**SHAPE, sliding_window=24, **ids),  # all layers look back 24
+    # dropout 0.1
+    "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, **ids),
+    # all layers look back 24
+    "mistral": lambda **ids: MistralConfig(**SHAPE, sliding_window=24, **ids),
     "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, sliding_window=24, layer_types=[
         "sliding_attention", "full_attention"], **ids),
 }
@@ -36,20 +39,23 @@ def tiny_tokenizer(chat=True):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in ("<|end|>", "<|open|>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>",
+                                        pad_token="<|end|>",
                                         additional_special_tokens=["<|open|>"])
     tokenizer.chat_template = CHAT_TEMPLATE if chat else None
     return tokenizer
 
 
 def tiny_model_folder(kind, path, seed=0):
-    """Writes a tiny random checkpoint of this kind (gpt2 without chat template) and returns its path."""
+    """Writes a tiny random checkpoint of this kind (gpt2 without chat template) and returns its
+    path."""
     tokenizer = tiny_tokenizer(chat=kind != "gpt2")
     torch.manual_seed(seed)
     config = CONFIGS[kind](vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                            pad_token_id=tokenizer.eos_token_id, bos_token_id=None)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # sharper than the usual 0.02, so that the tests see distributions with a shape
+    # sharper than the usual 0.02, so that the tests see distributions with a shape
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0)
