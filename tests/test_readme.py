@@ -61,6 +61,6 @@ def test_help_explains_every_flag(monkeypatch, capsys, script):
         SCRIPTS[script].parse_args()
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    for flag in re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE):
+    for flag in re.findall(r"^  (--[a-z0-9-]+)", text, re.MULTILINE):
         assert re.search(rf"^  {flag}\b[^\n]*(\n +\S|  \S)", text,
                          re.MULTILINE), f"{flag} has no help"
