@@ -281,9 +281,11 @@ class LocalModel:
     A dialogue is [user, assistant, user, ...].
     """
 
+    batch, workers = 16, 1  # questions that are asked side by side; threads that may call
+
     def __init__(self, name, args):
         self.model, self.chat = exgrpo.load_model(name, exgrpo.pick_device(args.device))
-        self.max_new_tokens, self.workers = args.max_new_tokens, 1
+        self.max_new_tokens = args.max_new_tokens
         self.stop, self.counts = threading.Event(), collections.Counter()
         size = exgrpo.count_parameters(self.model) / 1e6
         self.about = f"{size:.1f} M parameters, fp32 on {self.model.device}, greedy"
@@ -293,7 +295,8 @@ class LocalModel:
         room = exgrpo.context_size(self.model) - self.max_new_tokens
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         outputs = exgrpo.generate(self.model, self.chat, [prompts[i] for i in fit],
-                                  max_new_tokens=self.max_new_tokens)
+                                  max_new_tokens=self.max_new_tokens,
+                                  token_budget=self.batch * 2048)
         replies = [TOO_LONG] * len(prompts)
         for i, (text, truncated, n_tokens) in zip(fit, outputs):
             replies[i] = whole(text, truncated)
@@ -305,6 +308,7 @@ class LocalModel:
 class Server:
     """Any OpenAI-compatible server as the teacher; called from `workers` threads at a time."""
 
+    batch = 1  # question by question in each thread
     TRIES, PAUSE = 6, 1.0  # attempts at a request; seconds before the second, doubled each time
 
     def __init__(self, args):
@@ -364,31 +368,46 @@ REFUSED = {401: "Set the environment variable TEACHER_API_KEY to a valid key",
 
 # ---------------------------------------------------------------------- one question and its probes
 
-def invert(teacher, row, rules):
-    """Asks the teacher for the probes of one question -> its line of D_EI, before Eq. 2."""
-    line = {**row, "kept": False, "probes": [], "declined": [], "rejected": []}
-    question = ask(row["question"], row["answer_type"])
-    if not row["rationale"].strip():
-        (text, fault), = teacher([[question]])
-        if fault or not reward.is_correct(text, row["answer"], row["answer_type"]):
-            line["rejected"].append({"rule": "R_T", "reason": fault or "wrong answer"})
-            return line
-        line["rationale"] = text.rpartition("The answer is")[0].strip() or text
-    seen = {words(row["question"])}
-    for rule, reply in zip(rules, teacher([make_prompt(rule, line) for rule in rules])):
-        try:
-            line["probes"].append(judge(rule, row, *reply, seen))
-        except Rejected as reason:
-            if str(reason) == "declined":
-                line["declined"].append(rule)
-            else:
-                line["rejected"].append({"rule": rule, "reason": str(reason)})
-    dialogues = [[ask(probe["probe"], probe["answer_type"]), exgrpo.teacher_reply(probe), question]
-                 for probe in line["probes"]]
-    for probe, (text, fault) in zip(line["probes"], teacher(dialogues)):
-        right = reward.is_correct(text, row["answer"], row["answer_type"])
-        probe["consistent"], probe["student_correct"] = right and not fault, None        # Eq. 1
-    return line
+def as_asked(row):
+    return ask(row.get("probe") or row["question"], row["answer_type"])
+
+
+def right(reply, row):
+    """Is this (text, fault) a whole reply with the answer of the question or probe?"""
+    text, fault = reply
+    return not fault and reward.is_correct(text, row["answer"], row["answer_type"])
+
+
+def invert(teacher, rows, rules):
+    """Asks the teacher for the probes of some questions -> their lines of D_EI, before Eq. 2.
+
+    The same request for all questions is one call: a local model answers them side by side.
+    """
+    lines = [{**row, "kept": False, "probes": [], "declined": [], "rejected": []} for row in rows]
+    bare = [line for line in lines if not line["rationale"].strip()]
+    for line, reply in zip(bare, teacher([[as_asked(line)] for line in bare])):
+        if right(reply, line):
+            line["rationale"] = reply[0].rpartition("The answer is")[0].strip() or reply[0]
+        else:
+            line["rejected"].append({"rule": "R_T", "reason": reply[1] or "wrong answer"})
+    solved = [line for line in lines if not line["rejected"]]
+    seen = [{words(line["question"])} for line in solved]
+    for rule in rules:  # rule by rule: what these prompts begin with is read once
+        replies = teacher([make_prompt(rule, line) for line in solved])
+        for line, reply, its_seen in zip(solved, replies, seen):
+            try:
+                line["probes"].append(judge(rule, line, *reply, its_seen))
+            except Rejected as reason:
+                if str(reason) == "declined":
+                    line["declined"].append(rule)
+                else:
+                    line["rejected"].append({"rule": rule, "reason": str(reason)})
+    pairs = [(line, probe) for line in lines for probe in line["probes"]]
+    replies = teacher([[as_asked(probe), exgrpo.teacher_reply(probe), as_asked(line)]
+                       for line, probe in pairs])
+    for (line, probe), reply in zip(pairs, replies):
+        probe["consistent"], probe["student_correct"] = right(reply, line), None         # Eq. 1
+    return lines
 
 
 def judge(rule, row, text, fault, seen):
@@ -408,16 +427,15 @@ def keep_question(n_correct, n_consistent, tau_hard):
     return n_consistent > 0 and tau_hard <= n_correct < n_consistent
 
 
-def select(student, line, tau_hard):
+def select(student, lines, tau_hard):
     """The untrained student answers the consistent probes, each by itself; then Eq. 2 decides."""
-    probes = [probe for probe in line["probes"] if probe["consistent"]]
     if student:
-        replies = student([[ask(probe["probe"], probe["answer_type"])] for probe in probes])
-        for probe, (text, fault) in zip(probes, replies):
-            right = reward.is_correct(text, probe["answer"], probe["answer_type"])
-            probe["student_correct"] = right and not fault
-    line["kept"] = verdict(line, tau_hard) == "kept"
-    return line
+        probes = [probe for line in lines for probe in line["probes"] if probe["consistent"]]
+        for probe, reply in zip(probes, student([[as_asked(probe)] for probe in probes])):
+            probe["student_correct"] = right(reply, probe)
+    for line in lines:
+        line["kept"] = verdict(line, tau_hard) == "kept"
+    return lines
 
 
 def verdict(line, tau_hard):
@@ -495,9 +513,13 @@ def difference(first, header):
         return "is there already and was not made by this ei.py"
 
 
-def skip_finished(path, questions):
-    """Moves the iterator past the questions in the file, which must be the same, in order."""
-    finished = 0
+def skip_finished(path, questions, batch):
+    """Moves the iterator past the questions in the file, which must be the same, in order.
+
+    Returns their number, and those of a batch that was cut: they are asked again with the rest of
+    it, because a model's reply may depend, in its last digits, on what is beside it in a batch.
+    """
+    finished, again = 0, []
     for where, line in itertools.islice(exgrpo.read_jsonl(path), 1, None):
         row = next(questions, None)
         if row is None:  # --limit is smaller than it was
@@ -506,7 +528,8 @@ def skip_finished(path, questions):
             raise UserError(f"{where} holds question {line.get('id')!r}, but here the data has "
                             f"{row['id']!r}: the data has changed; name another --out")
         finished += 1
-    return finished
+        again = again + [row] if finished % batch else []
+    return finished, again
 
 
 VERDICTS = ["no reasoning", "no probe left", "too hard", "too easy", "kept"]
@@ -782,15 +805,16 @@ def main():
         raise UserError(f"{args.data} holds no question")
     file, header = open_output(args.out, make_header(args))
     with file:
-        questions = itertools.chain(first, questions)
-        finished = skip_finished(args.out, questions)
         remote = args.teacher.startswith(("http://", "https://"))
         teacher = Server(args) if remote else LocalModel(args.teacher, args)
+        questions = itertools.chain(first, questions)
+        finished, again = skip_finished(args.out, questions, teacher.batch)
         student = LocalModel(args.student, args) if args.student else None
         print(f"teacher  {args.teacher}: {teacher.about}\n"
               f"student  {args.student}: {student.about if student else 'Eq. 2 is skipped'}\n"
               f"data     {args.data}, {args.split}; {len(args.rules)} rules\n"
               f"output   {args.out}, {finished:,} questions in it", flush=True)
+        questions = itertools.chain(again, questions)
         make(teacher, student, questions, file, header, finished, args)
     n_kept = report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
@@ -802,19 +826,23 @@ def main():
 
 
 def make(teacher, student, questions, file, header, finished, args):
-    """Appends a line for every question that is left, in their order."""
+    """Appends a line for every question that is left, in their order; some were asked before."""
     kept = probes = 0
-    work = in_order(lambda row: invert(teacher, row, args.rules), questions, teacher.workers,
+    batches = iter(lambda: list(itertools.islice(questions, teacher.batch)), [])
+    work = in_order(lambda rows: invert(teacher, rows, args.rules), batches, teacher.workers,
                     teacher.stop)
+    before = finished % teacher.batch  # questions of the first batch that are in the file
     with contextlib.closing(work), tqdm(total=args.limit, initial=finished, unit="question") as bar:
-        for line in work:
-            file.write(header + dump(select(student, line, args.tau_hard)))
-            file.flush()
-            header = b""
-            kept += line["kept"]
-            probes += sum(probe["consistent"] for probe in line["probes"])
+        for lines in work:
+            for line in select(student, lines, args.tau_hard)[before:]:
+                file.write(header + dump(line))
+                file.flush()
+                header = b""
+                kept += line["kept"]
+                probes += sum(probe["consistent"] for probe in line["probes"])
             bar.set_postfix(kept=kept, probes=probes, refresh=False)
-            bar.update()
+            bar.update(len(lines) - before)
+            before = 0
 
 
 if __name__ == "__main__":

@@ -597,15 +597,22 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
                    [values[:n] for values, n in zip(logps, counts)], cache)
 
 
+@torch.no_grad()
 def generate(model, chat, prompts, *, max_new_tokens, token_budget=16384):
     """Greedy replies to prompts (lists of ids) -> [(text, truncated, tokens)], in their order.
 
-    Prompts of similar length share a batch of at most token_budget tokens, replies included.
+    Prompts of similar length share a batch of at most token_budget tokens, replies included. What
+    all prompts of a batch begin with is read once.
     """
     outputs = [None] * len(prompts)
     for batch in micro_batches([len(p) + max_new_tokens for p in prompts], token_budget):
-        replies = sample(model, [prompts[i] for i in batch], max_new_tokens=max_new_tokens,
-                         temperature=0, stop_ids=chat.stop_ids).replies
+        rows, cache = [prompts[i] for i in batch], KVCache(1, model.device)
+        shared = os.path.commonprefix(rows)[:min(map(len, rows)) - 1]  # each row has more to read
+        if shared:
+            extend(model, cache, [shared])
+        cache.repeat(len(rows))
+        replies = sample(model, rows, max_new_tokens=max_new_tokens, temperature=0,
+                         stop_ids=chat.stop_ids, cache=cache).replies
         for i, ids in zip(batch, replies):
             outputs[i] = (chat.decode(ids), ids[-1] not in chat.stop_ids, len(ids))
     return outputs

@@ -239,8 +239,8 @@ def fuzz(n, seed):
     row = NUMBER_ROW | {"question": "?"}
     outcomes = []
     for _ in range(n // 10):
-        line = ei.invert(stub_teacher(lambda turns: ei.whole(garbled(rng), False)[0]), row,
-                         list(ei.RULES))
+        line, = ei.invert(stub_teacher(lambda turns: ei.whole(garbled(rng), False)[0]), [row],
+                          list(ei.RULES))
         for one in line["rejected"]:
             assert re.match("unparsed: .|leaked$|duplicate$", one["reason"])
         ei.dump(line).decode()
@@ -322,7 +322,7 @@ def test_eq1_asks_the_question_behind_the_probe_as_turns():
         asked.extend(dialogues)
         return [(GOOD if "The kind of probe" in turns[0] else stated(15), "")
                 for turns in dialogues]
-    line = ei.invert(teacher, NUMBER_ROW, ["R1", "R3"])
+    line, = ei.invert(teacher, [NUMBER_ROW], ["R1", "R3"])
     assert [p["consistent"] for p in line["probes"]] == [True]
     assert line["rejected"] == [{"rule": "R3", "reason": "duplicate"}]
     assert asked[-1] == [exgrpo.ask("4 hens lay 3 eggs each. How many eggs?", "number"),
@@ -331,17 +331,17 @@ def test_eq1_asks_the_question_behind_the_probe_as_turns():
 
 
 def test_a_cut_off_reply_passes_no_filter():
-    line = ei.invert(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off")
-                                 for d in ds],
-                     NUMBER_ROW, ["R1"])
+    line, = ei.invert(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off")
+                                  for d in ds],
+                      [NUMBER_ROW], ["R1"])
     assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: cut off"}]
-    line = ei.invert(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), "cut off")
-                                 for d in ds],
-                     NUMBER_ROW, ["R1"])
+    line, = ei.invert(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), "cut off")
+                                  for d in ds],
+                      [NUMBER_ROW], ["R1"])
     assert line["probes"][0]["consistent"] is False
     probe = {"consistent": True, "probe": "x", "answer": "1", "answer_type": "number"}
     line = {"probes": [probe], "rejected": []}
-    ei.select(lambda ds: [(stated(1), "cut off")], line, 1)
+    ei.select(lambda ds: [(stated(1), "cut off")], [line], 1)
     assert probe["student_correct"] is False and not line["kept"]
 
 
@@ -350,7 +350,7 @@ def test_a_cut_off_reply_passes_no_filter():
 def test_a_missing_rationale_is_the_teachers_or_the_question_goes(text, rationale):
     calls = []
     teacher = stub_teacher(lambda turns: calls.append(turns) or (GOOD if len(calls) == 2 else text))
-    line = ei.select(None, ei.invert(teacher, NUMBER_ROW | {"rationale": " "}, ["R1"]), 1)
+    line, = ei.select(None, ei.invert(teacher, [NUMBER_ROW | {"rationale": " "}], ["R1"]), 1)
     assert line["kept"] == (rationale is not None) and len(calls) == (3 if rationale else 1)
     assert ei.verdict(line, 1) == ("kept" if rationale else "no reasoning")
     assert rationale is None or line["rationale"] == rationale
