@@ -647,12 +647,9 @@ def gsm8k_rev(row):
     return row["question"], row["answer"], "number", row["explanation"]
 
 
-BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")  # 4 deep
-
-
 def math(row):
-    golds = BOXED.findall(row["solution"])
-    return golds and (row["problem"], golds[-1], "math", row["solution"])
+    gold = reward.extract_answer(row["solution"], "math")  # the last box
+    return gold and (row["problem"], gold, "math", row["solution"])
 
 
 def tabmwp(row):

@@ -253,8 +253,8 @@ def fuzz(n, seed):
 
 
 def test_garbled_replies_never_raise_and_are_all_counted():
-    outcomes = fuzz(2000, seed=0)
-    assert len(outcomes) == 2000 and len(set(outcomes)) > 12 and outcomes.count("probe") > 20
+    outcomes = fuzz(10_000, seed=0)
+    assert len(outcomes) == 10_000 and len(set(outcomes)) > 12 and outcomes.count("probe") > 100
 
 
 @pytest.mark.parametrize("text", ["PROBE:" * 20_000, "1" * 100_000, "* " * 50_000, "\n" * 100_000,
@@ -745,6 +745,9 @@ def test_date_options_are_shuffled_the_same_way_each_time(published):
 def test_rows_without_gold_are_skipped_and_choices_of_tables_lettered():
     assert not ei.nli({"premise": "", "hypothesis": "", "label": -1})
     assert not ei.math({"problem": "P", "solution": "no box"})
+    for gold in (r"\{1,2\}", r"3\sqrt{2}", r"\left\{\frac{a_{b_{c_{d}}}}{2}\right\}"):
+        solution = rf"First $\boxed{{0}}$, no: $x = \boxed{{{gold}}}$."
+        assert ei.math({"problem": "P", "solution": solution})[1] == gold
     row = PUBLISHED["tabmwp"][0] | {"choices": ["pen", "cup"], "answer": "cup"}
     question, *rest = ei.tabmwp(row)
     assert question.endswith("How much?\n(A) pen\n(B) cup") and rest == ["B", "choice", "s"]
