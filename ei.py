@@ -309,14 +309,15 @@ class Server:
     """Any OpenAI-compatible server as the teacher; called from `workers` threads at a time."""
 
     batch = 1  # question by question in each thread
-    TRIES, PAUSE = 6, 1.0  # attempts at a request; seconds before the second, doubled each time
+    TRIES, PAUSE = 8, 1.0  # attempts at a request; seconds before the second, doubled each time:
+    TIMEOUT = 300          # two minutes in all, longer than a limit per minute; of one request
 
     def __init__(self, args):
         if is_offline_mode():
             raise UserError("HF_HUB_OFFLINE is set, and then the client calls no server, not even "
                             "a local one; unset it (models in local folders load without it)")
         # Without a key of its own, the client would send the Hugging Face token to this server.
-        self.client = InferenceClient(base_url=args.teacher, timeout=300,
+        self.client = InferenceClient(base_url=args.teacher, timeout=self.TIMEOUT,
                                       api_key=os.environ.get("TEACHER_API_KEY") or "none")
         self.options = {"model": args.teacher_model, "max_tokens": args.max_new_tokens,
                         "temperature": 0, "seed": args.seed}
@@ -593,8 +594,9 @@ def report(path):
     for reason, n in reasons.most_common():
         print(f"{n:9,}  {reason}")
     n = verdicts.total()
-    print(f"\nquestions  {n:,}: " + ", ".join(f"{name} {verdicts[name]:,}" for name in VERDICTS)
-          + f"\nkept       {share(verdicts['kept'], n)} %")
+    print(f"\n{'questions':25}{n:7,}{'% (95 % interval)':>24}")
+    for name in VERDICTS:
+        print(f"{name:25}{verdicts[name]:7,}{share(verdicts[name], n):>24}")
     if not header.get("student"):
         print("Eq. 2 was skipped, because there was no --student")
     return verdicts["kept"]

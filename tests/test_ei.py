@@ -66,7 +66,7 @@ class Teacher(http.server.ThreadingHTTPServer):
     def __init__(self, faults=(), delay=0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.delay, self.requests, self.keys = list(faults), delay, [], set()
-        self.busy = self.most_busy = 0
+        self.busy, self.most_busy, self.retry_after = 0, 0, "0"
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -99,6 +99,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.busy -= 1
         if fault == "closed":
             return self.connection.close()
+        if fault == "half":
+            return self.send(200, b'{"choices": [{"index": 0, "mess', promised=500)
+        if fault == "slow":
+            time.sleep(0.5)  # the client has left
+            fault = 500
         if isinstance(fault, bytes):
             return self.send(200, fault)
         if fault != 200:
@@ -110,12 +115,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "role": "assistant", "content": oracle(turns)}}],
             "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}).encode())
 
-    def send(self, status, body):
+    def send(self, status, body, promised=0):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(promised or len(body)))
         if status == 429:
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", self.server.retry_after)
         self.end_headers()
         self.wfile.write(body)
 
@@ -366,7 +371,8 @@ def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
     table = out[out.index("probes   "):]
     total = r"all +120 +12 +3 +3 +2 +8 +92 +76.7 \(68.3 - 83.3\) +57.6 \(47.4 - 67.2\)\n"
     assert re.search(total, table)
-    assert "12: no reasoning 0, no probe left 0, too hard 1, too easy 1, kept 10\n" in table
+    assert re.search(r"no probe left +0 +0.0 \(0.0 - 24.2\)\ntoo hard +1 +8.3 \(1.5 - 35.4\)\n"
+                     r"too easy +1 .*\nkept +10 +83.3 \(55.2 - 95.3\)\n", table)
     assert f"{len(server.requests)} requests, {7 * len(server.requests):,} prompt tokens" in out
     code, again, _ = run_ei("--report", tmp_path / "p.jsonl")
     assert code == 0 and again.strip() in out
@@ -482,13 +488,23 @@ def test_output_keeps_the_input_order_under_concurrency(run_ei, tmp_path):
         code, _, _ = run_ei(*flags(server, tmp_path / "p.jsonl"), "--concurrency", "8")
     assert code == 0 and [row["id"] for row in exgrpo.read_probes(tmp_path / "p.jsonl")[1]] == [
         row["id"] for row in ROWS]
-    assert 2 <= server.most_busy <= 8
+    assert 6 <= server.most_busy <= 8
+
+
+def test_a_server_is_given_the_time_that_it_asks_for(run_ei, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "retry_after", "1")
+    small, start = ("--limit", "1", "--rules", "R1"), time.perf_counter()
+    server.faults = [429]
+    assert run_ei(*flags(server, tmp_path / "p.jsonl"), *small)[0] == 0
+    assert 1 <= time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("faults", [
-    [429] * 5, [500, 503, 502], [408, 504], ["closed"] * 3, [b"<html>", b"", b"[]", b"{}"],
+    [429] * 7, [500, 503, 502], [408, 504], ["closed"] * 3, ["half"], ["slow"],
+    [b"<html>", b"", b"[]", b"{}"],
     [b'{"choices": []}', b'{"choices": [{"message": null}]}']])
-def test_passing_faults_change_nothing(run_ei, server, tmp_path, faults):
+def test_passing_faults_change_nothing(run_ei, server, tmp_path, monkeypatch, faults):
+    monkeypatch.setattr(ei.Server, "TIMEOUT", 0.3 if faults == ["slow"] else 300)
     small = ("--limit", "2", "--concurrency", "1")
     whole, path = undisturbed(run_ei, server, tmp_path, *small), tmp_path / "p.jsonl"
     server.faults = list(faults)
@@ -500,8 +516,8 @@ def test_passing_faults_change_nothing(run_ei, server, tmp_path, faults):
 @pytest.mark.parametrize("fault, calls, words", [
     (401, 1, "TEACHER_API_KEY"), (403, 1, "TEACHER_API_KEY"), (404, 1, "--teacher-model"),
     (422, 1, "refused"),
-    (429, 6, "6 times in a row"), (500, 6, "6 times"), (b"garbage", 6, "6 times"),
-    ("closed", 6, "6 times")])
+    (429, 8, "8 times in a row"), (500, 8, "8 times"), (b"garbage", 8, "8 times"),
+    ("closed", 8, "8 times"), ("half", 8, "8 times")])
 def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_path, fault, calls,
                                                          words):
     small = ("--limit", "2", "--concurrency", "1")
@@ -599,7 +615,7 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
                        "unparsed: prompt too long for the model",
                        "unparsed: no PROBE line"}
     out = capsys.readouterr().out
-    assert "no probe left 1" in out and "No question was kept" in out
+    assert re.search("no probe left +1 ", out) and "No question was kept" in out
 
 
 @pytest.mark.parametrize("content, words", [
