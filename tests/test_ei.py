@@ -102,8 +102,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "half":
             return self.send(200, b'{"choices": [{"index": 0, "mess', promised=500)
         if fault == "slow":
-            time.sleep(0.5)  # the client has left
-            fault = 500
+            time.sleep(0.6)  # then a good answer, but the client has left
+            fault = 200
         if isinstance(fault, bytes):
             return self.send(200, fault)
         if fault != 200:
