@@ -11,6 +11,7 @@ import torch
 
 import exgrpo
 import reward
+from test_sampler import KINDS
 
 with open(os.path.join(os.path.dirname(__file__), "data", "trl.json")) as file:
     TRL = json.load(file)  # its "source" says what these numbers are
@@ -282,7 +283,73 @@ def loose_clip(monkeypatch):
     monkeypatch.setattr(exgrpo, "MAX_GRAD_NORM", 1e9)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def planted(model, dialogues, budget):
+    """Log-probs (B, T-1) in the order of the dialogues, and the places that were forwarded."""
+    values, places = [None] * len(dialogues), 0
+    for chosen, forest in exgrpo.plant_batches(dialogues, model, budget):
+        places += forest.ids.numel()
+        for b, row in zip(chosen, exgrpo.tree_logprobs(model, forest, 0.7)):
+            values[b] = row[:len(dialogues[b].ids) - 1]
+    return values, places
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [1, 300, 10 ** 6])
+def test_trees_equal_the_padded_form(loaded, kind, budget):
+    """The training step reads what dialogues share once: a group's prompt, a pair up to its fork.
+    A branch that saw its sibling, positions counted along the row, or a window measured in places
+    would move these log-probs; a shared token that took one branch's gradient only would move the
+    gradient. Learned positions and windows of 24 tokens are among the kinds, T = 0.7."""
+    model, chat = loaded(kind)
+    dialogues, _, teacher = a_step(model, chat)
+    dialogues += teacher + dialogues[:1] + [dialogues[0].fork(1)]  # a twin, and a prefix
+    ids, mask = exgrpo.pad_rows([d.ids for d in dialogues], [d.mask for d in dialogues],
+                                model.device)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))[:, 1:]
+    gradients = []
+    padded = exgrpo.token_logprobs(model, ids, mask, 0.7)
+    ours, places = planted(model, dialogues, budget)
+    for rows in (padded, ours):
+        loss = sum((row * w[:len(row)]).sum() for row, w in zip(rows, weights))
+        model.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    model.zero_grad()
+    for theirs, row in zip(padded, ours):
+        assert torch.allclose(theirs[:len(row)], row, atol=1e-5)
+    assert torch.allclose(*gradients, atol=1e-5 * gradients[0].abs().max().item())
+    assert budget < 10 ** 6 or places < ids.numel()
+
+
+def test_trees_hold_every_row_once_within_the_budget():
+    """Shared beginnings stand once; memory is bounded by the budget however large the group."""
+    assert exgrpo.grow_trees([[1, 2, 3], [1, 2, 4]], 10, 64) == [[(0, [0, 1, 2]), (1, [0, 1, 3])]]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 3, (n,), generator=generator).tolist() for n in range(1, 60)]
+    rows += [rows[0] + rows[40], rows[50], rows[50][:20]]
+    for budget in (1, 50, 90, 1000):
+        trees = exgrpo.grow_trees(rows, budget, 64)
+        assert sorted(b for tree in trees for b, _ in tree) == list(range(len(rows)))
+        for tree in trees:
+            places = {}
+            for b, path in tree:
+                assert all(places.setdefault(place, token) == token
+                           for place, token in zip(path, rows[b]))
+            assert sorted(places) == list(range(exgrpo.n_places(tree)))
+            assert len(places) <= budget or len(tree) == 1 or len(
+                {len(rows[b]) for b, _ in tree}) == 1
+
+
+def test_long_dialogues_share_a_row_only_where_it_pays():
+    """In a tree, all pairs of tokens cost attention, seen or not: 8 dialogues of 1,000 tokens that
+    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must."""
+    long = [[1] * 20 + [b] * 980 for b in range(8)]
+    short = [[1] * 100 + [b] * 60 for b in range(8)]
+    assert len(exgrpo.grow_trees(long, 10 ** 6, 576)) == 8
+    assert len(exgrpo.grow_trees(short, 10 ** 6, 576)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_do_not_depend_on_micro_batches(loaded, kind, loose_clip):
     """D12: with all loss terms on. Averages of micro-batch means were off by up to 13 degrees."""
     model, chat = loaded(kind)
@@ -337,9 +404,9 @@ def test_dialogues_without_advantage_are_not_forwarded(loaded, loose_clip, monke
     args, rows = changed(beta=0.0, aux_weight=0.0), []
     tiny_but_there = advantages + 1e-30
     whole, _ = gradient_of(model, chat, args, tiny_but_there)
-    own = exgrpo.token_logprobs
-    monkeypatch.setattr(exgrpo, "token_logprobs",
-                        lambda m, ids, *a: rows.append(len(ids)) or own(m, ids, *a))
+    own = exgrpo.tree_logprobs
+    monkeypatch.setattr(exgrpo, "tree_logprobs",
+                        lambda m, forest, *a: rows.append(len(forest.paths)) or own(m, forest, *a))
     skipped, _ = gradient_of(model, chat, args, advantages)
     assert sum(rows) == 6
     assert torch.allclose(whole, skipped, atol=1e-6)
