@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -83,50 +84,60 @@ def test_twenty_kills_and_the_file_is_that_of_an_undisturbed_run(tiny, tmp_path)
     """A real model in a real process, dead at twenty random moments. This file is the script."""
     pytest.importorskip("fcntl")
     done = subprocess.run([sys.executable, __file__, tiny("llama"), QUESTIONS,
-                           str(tmp_path / "p.jsonl")], capture_output=True, text=True, timeout=120)
+                           str(tmp_path / "p.jsonl")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     kills, seen, same = done.stdout.split()[-3:]
     assert int(kills) == 20 and int(seen) > 4 and same == "True", done.stdout
 
 
 def kill_and_resume(folder, data, path, rng=random.Random(0)):
-    """Forks a run of ei.py 20 times, kills each; prints kills, sizes seen, and if the end equals.
+    """Forks runs of ei.py until 20 were killed at work; prints kills, sizes seen, same end or not.
 
     Every reply of the random model is taken for a probe, so that its words are in the file.
     """
+    from transformers import LlamaForCausalLM  # noqa: F401  imported once, not by each child
     ei.parse_reply = lambda text: {"probe": text or "?", "rationale": text or "?",
                                    "answer": "1", "answer_type": "number"}
-    ei.LocalModel.batch = 4
+    ei.LocalModel.batch, make = 4, ei.make
 
-    def start(out):
+    def run(delay):
+        """Forks a run that dies `delay` seconds after its first question -> its exit status."""
+        def timed(*args):
+            if delay is not None:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            begin = time.perf_counter()
+            make(*args)
+            os.write(writes, str(time.perf_counter() - begin).encode())
         child = os.fork()
         if child:
-            return child
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
-        sys.argv = ["ei.py", "--teacher", folder, "--data", data, "--out", out, "--device", "cpu",
-                    "--max-new-tokens", "8", "--rules", "R1", "--limit", "10"]
+            return os.waitpid(child, 0)[1]
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        ei.make, sys.argv = timed, [
+            "ei.py", "--teacher", folder, "--data", data, "--out", path, "--device", "cpu",
+            "--max-new-tokens", "8", "--rules", "R1"]
         try:
             exgrpo.run(ei.main)
         except SystemExit as end:
             os._exit(end.code or 0)
-        os._exit(9)
+        finally:
+            os._exit(9)
 
-    begin = time.perf_counter()
-    assert os.waitpid(start(path + ".whole"), 0)[1] == 0, "the undisturbed run failed"
-    seconds, sizes, kills = time.perf_counter() - begin, set(), 0
+    reads, writes = os.pipe()
+    assert run(None) == 0, "the undisturbed run failed"
+    seconds, whole = float(os.read(reads, 100)), open(path, "rb").read()
+    os.remove(path)
+    sizes, kills = set(), 0
     while kills < 20:
-        child = start(path)
-        time.sleep(seconds * rng.random())
-        os.kill(child, signal.SIGKILL)
-        kills += os.waitpid(child, 0)[1] == signal.SIGKILL  # 0: it had ended by itself
-        sizes.add(os.path.getsize(path) if os.path.exists(path) else 0)
-        with open(path, "ab") as file:  # a kill that tears a line is rare: tear it, and start anew
-            whole = open(path + ".whole", "rb").read()
-            file.truncate(rng.randrange(len(whole)) if os.path.getsize(path) == len(whole)
-                          else os.path.getsize(path))
-    assert os.waitpid(start(path), 0)[1] == 0, "the last run failed"
-    print(kills, len(sizes), open(path, "rb").read() == open(path + ".whole", "rb").read())
+        status = run(seconds * rng.random())
+        assert status in (0, signal.SIGKILL), "a resumed run failed"
+        kills += status == signal.SIGKILL  # or it had ended before
+        left = os.path.getsize(path)
+        sizes.add(left)
+        if left == len(whole):  # ended: goes on from a torn line
+            os.truncate(path, rng.randrange(left))
+    assert run(None) == 0, "the last run failed"
+    print(kills, len(sizes), open(path, "rb").read() == whole)
 
 
 if __name__ == "__main__":
