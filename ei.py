@@ -537,19 +537,6 @@ VERDICTS = ["no reasoning", "no probe left", "too hard", "too easy", "kept"]
 COLUMNS = ["asked", "declined", "unparsed", "leaked", "duplicate", "inconsistent", "kept"]
 
 
-def wilson(right, n, z=1.959964):
-    """Wilson's score interval (95 %) of the share right / n -> (low, high), within [0, 1]."""
-    if n == 0:
-        return 0.0, 1.0
-    centre, half = right + z * z / 2, z * (right * (n - right) / n + z * z / 4) ** 0.5
-    return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
-
-
-def share(right, n):
-    low, high = wilson(right, n)
-    return f"{100 * right / n:.1f} ({100 * low:.1f} - {100 * high:.1f})" if n else "-"
-
-
 def count(path):
     """A D_EI file -> its header and Counters of (rule, column), of reasons and of verdicts."""
     lines = exgrpo.read_jsonl(path)
@@ -589,14 +576,14 @@ def report(path):
         asked, kept, right = (rules[rule, column] for column in ("asked", "kept", "right"))
         print(f"{f'{rule} {RULES[rule].name}' if rule in RULES else rule:25}"
               + "".join(f"{rules[rule, c]:{len(c) + 2},}" for c in COLUMNS)
-              + f"{share(kept, asked):>24}"
-              + f"{share(right, kept) if header.get('student') else '-':>21}")
+              + f"{reward.share(kept, asked):>24}"
+              + f"{reward.share(right, kept) if header.get('student') else '-':>21}")
     for reason, n in reasons.most_common():
         print(f"{n:9,}  {reason}")
     n = verdicts.total()
     print(f"\n{'questions':25}{n:7,}{'% (95 % interval)':>24}")
     for name in VERDICTS:
-        print(f"{name:25}{verdicts[name]:7,}{share(verdicts[name], n):>24}")
+        print(f"{name:25}{verdicts[name]:7,}{reward.share(verdicts[name], n):>24}")
     if not header.get("student"):
         print("Eq. 2 was skipped, because there was no --student")
     return verdicts["kept"]
@@ -758,9 +745,6 @@ def parse_args():
     args.rules = list(RULES) if args.rules == "all" else args.rules.split(",")
     if not set(args.rules) <= set(RULES) or len(set(args.rules)) < len(args.rules):
         raise UserError(f"--rules: name each rule once, as in {','.join(RULES)}")
-    for path in (args.teacher, args.student or "", args.data):
-        if path.startswith(toy) and not os.path.exists(path) and not args.report:
-            raise UserError(f"{path} is missing: give --teacher, --student and --data")
     return args
 
 

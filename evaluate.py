@@ -30,10 +30,7 @@ from tqdm import tqdm
 import ei
 import exgrpo
 import reward
-from ei import wilson
 from exgrpo import UserError, at_least
-
-TOY = os.path.join(exgrpo.HERE, "toy")
 
 
 # ---------------------------------------------------------------------------------- what is asked
@@ -233,7 +230,7 @@ def report(rows, baseline=None, seed=0):
     for name, group in figures(rows).items():
         n, right = len(group), sum(row["correct"] for row in group)
         result = {"figure": name, "n": n, "right": right, "accuracy": right / n}
-        result["low"], result["high"] = wilson(right, n)
+        result["low"], result["high"] = reward.wilson(right, n)
         if baseline:
             result |= paired(group, others[name], seed)
         if "output" in group[0]:
@@ -378,9 +375,9 @@ def draw_curves(runs, path):
 def parse_args(argv=None):
     parser = exgrpo.Parser("Accuracy, paired tests, EI-Test and consistency of a model; curves.")
     add = parser.add_argument_group("what to ask whom").add_argument
-    add("--model", default=os.path.join(TOY, "student"), help="local folder or Hub name")
+    add("--model", default=exgrpo.TOY_STUDENT, help="local folder or Hub name")
     add("--baseline", help="a second model, asked the same and compared question by question")
-    add("--data", nargs="+", default=[os.path.join(TOY, "test.jsonl")], metavar="D",
+    add("--data", nargs="+", default=exgrpo.TOY_TESTS, metavar="D",
         help="question or D_EI files (.jsonl), or names of data sets")
     add("--split", default="test", help="split of the data sets that are given by name")
     add("--limit", type=at_least(1), help="questions of each, from its start; None: all")
@@ -414,9 +411,6 @@ def main(argv=None):
     if args.compare:
         rows, baseline = map(read_outputs, args.compare)
         return write_report(report(rows, baseline, args.seed), args.out)
-    for path in (args.model, *args.data):
-        if path.startswith(TOY) and not os.path.exists(path):
-            raise UserError(f"{path} is missing; name a model and data with --model and --data")
     items = load_items(args.data, args.split, args.limit)
     outputs = os.path.join(args.out, "outputs.jsonl")
     rows = answer(args.model, items, args, outputs)

@@ -29,6 +29,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -107,6 +108,11 @@ def run(main):
         print(f"interrupted. {interrupt}", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def read_jsonl(path):
@@ -520,13 +526,21 @@ def _thin_linear(weight, bias, x):
     return y if bias is None else y + bias
 
 
+@functools.lru_cache(maxsize=8)
+def cache_argument(kind):
+    """What a model class calls its cache: transformers 5.24 has renamed it."""
+    names = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def forward_cached(model, cache, ids, positions, n_slots):
     """ids and positions (b, T) of the active rows -> hidden states (b, T, D); the cache grows."""
     cache.positions, cache.n_slots = positions, n_slots
     behind = positions[..., None] - torch.arange(n_slots, device=positions.device)  # (b, T, S)
     mask = visible(model.config.get_text_config(), behind >= 0, behind)
+    cached = {cache_argument(type(model.base_model)): cache, "use_cache": True}
     return model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
-                            past_key_values=cache, use_cache=True).last_hidden_state
+                            **cached).last_hidden_state
 
 
 def extend(model, cache, chunks):
@@ -914,7 +928,8 @@ def append_csv(path, row):
                          for key, value in row.items()})
 
 
-FREE = ("resume", "steps", "save_every", "device", "out", "probes")  # may differ in a resumed run
+FREE = ("resume", "steps", "save_every", "device", "out", "probes",  # may differ in a resumed run
+        "eval", "eval_limit")
 
 
 def open_run(args):
@@ -927,8 +942,7 @@ def open_run(args):
     if args.resume:
         if not os.path.exists(path):
             raise UserError(f"--resume: {args.out} holds no run (no run.json); leave --resume out")
-        with open(path) as file:
-            theirs = json.load(file)
+        theirs = read_json(path)
         differing = [name for name in mine if mine[name] != theirs.get(name)]
         if differing:
             name = differing[0]
@@ -1241,12 +1255,16 @@ def log_step(args, chat, played, metrics):
 
 # ------------------------------------------------------------------------------------- command line
 
+TOY_STUDENT = os.path.join(HERE, "toy", "student")
+TOY_TESTS = [os.path.join(HERE, "toy", f"{name}.jsonl")
+             for name in ("test", "test_reversed", "ei_test")]
+
+
 def parse_args():
     parser = Parser("Stages 2 and 3 of ExGRPO: SFT warm-up on probes, then reinforcement.")
-    toy = os.path.join(HERE, "toy")
     add = parser.add_argument_group("what to train, on what").add_argument
-    add("--student", default=os.path.join(toy, "student"), help="local folder or Hub name")
-    add("--probes", default=os.path.join(toy, "probes.jsonl"), help="D_EI file that ei.py wrote")
+    add("--student", default=TOY_STUDENT, help="local folder or Hub name")
+    add("--probes", default=os.path.join(HERE, "toy", "probes.jsonl"), help="D_EI file from ei.py")
     add("--out", default="runs/exgrpo", help="folder of the run, new or empty unless --resume")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = parser.add_argument_group("the method").add_argument
@@ -1266,8 +1284,10 @@ def parse_args():
     add("--steps", type=at_least(0), default=100, help="ExGRPO steps")
     add("--questions-per-step", type=at_least(1), default=4, help="Q, questions in a step")
     add("--updates", type=at_least(1), default=1, help="updates per step on the same samples")
-    add("--lr", type=at_least(0, float, above=True), default=1e-6, help="AdamW's, in ExGRPO")
-    add("--sft-lr", type=at_least(0, float, above=True), default=1e-5, help="in the warm-up")
+    add("--lr", type=at_least(0, float, above=True),
+        help="AdamW's, in ExGRPO. None: 1e-6 * 3584 / width of the model, times 10 with LoRA")
+    add("--sft-lr", type=at_least(0, float, above=True),
+        help="in the warm-up. None: 5e-6 * 3584 / width, times 10 with LoRA")
     add("--sft-batch-size", type=at_least(1), default=16, help="examples in a step of the warm-up")
     add("--temperature", type=at_least(0, float, above=True), default=1.0,
         help="of sampling and of scoring, over the full vocabulary")
@@ -1282,7 +1302,22 @@ def parse_args():
     add("--save-every", type=at_least(1), default=20, help="steps between checkpoints")
     add("--seed", type=at_least(0), default=0, help="of the data order, the cuts and the samples")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    return parser.parse_args()
+    add = parser.add_argument_group("the table at the end").add_argument
+    add("--eval", nargs="*", default=TOY_TESTS, metavar="FILE",
+        help="question or D_EI files (.jsonl), asked greedily before SFT, after it and at the end")
+    add("--eval-limit", type=at_least(1), default=600, help="questions or probes of each file")
+    args = parser.parse_args()
+    if args.eval is TOY_TESTS and args.student != TOY_STUDENT:
+        args.eval = []  # the toy's tests tell nothing of another student
+    return args
+
+
+def scale_learning_rates(args, model):
+    """Adam moves every weight by about the learning rate, however wide its layer is, so that what a
+    layer's output moves by grows with its width: the rates usual for 7B models (width 3584) are
+    divided by width. Adapters take about ten times as much."""
+    scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
+    args.lr, args.sft_lr = args.lr or 1e-6 * scale, args.sft_lr or 5e-6 * scale
 
 
 def load_training_data(args):
@@ -1326,12 +1361,56 @@ def print_plan(args, model, questions, device):
           f"probes; {few} questions have fewer than {args.turns}\n"
           f"plan      {args.sft_epochs} SFT epochs, {args.steps} steps; a step: "
           f"{args.questions_per_step} questions x {args.group_size} dialogues, {scenarios}, "
-          f"k = {args.turns}, replies of at most {args.max_new_tokens} tokens\n"
+          f"k = {args.turns}, replies of at most {args.max_new_tokens} tokens; learning rates "
+          f"{args.sft_lr:.2g} in SFT, {args.lr:.2g} after it\n"
           f"run       {args.out}", flush=True)
 
 
+def assess(args, label, source, device):
+    """Greedy accuracy of a model on every file of --eval: questions, or the probes of a D_EI file,
+    each asked alone. Kept in OUT/eval.json as {label: {file: [right, n]}}: a resumed run reads it.
+    """
+    path = os.path.join(args.out, "eval.json")
+    table = read_json(path) if os.path.exists(path) else {}
+    if not args.eval or label in table:
+        return
+    model, chat = load_model(source, device)
+    table[label] = {}
+    for file, items in load_eval(args).items():
+        prompts = [chat.prompt([ask(item["question"], item["answer_type"])]) for item in items]
+        outputs = generate(model, chat, prompts, max_new_tokens=args.max_new_tokens)
+        right = sum(reward.is_correct(text, item["answer"], item["answer_type"])
+                    for (text, _, _), item in zip(outputs, items))
+        table[label][file] = [right, len(items)]
+    with atomic(path) as out:
+        out.write(json.dumps(table, indent=1).encode())
+
+
+def load_eval(args):
+    """The questions, or the consistent probes, in every file of --eval -> {file: rows}."""
+    items = {}
+    for path in args.eval:
+        if "ei" in next(read_jsonl(path), ("", {}))[1]:
+            rows = [probe | {"question": probe["probe"]} for row in read_probes(path)[1]
+                    for probe in row["probes"] if probe["consistent"]]
+        else:
+            rows = [check_question(row, where) for where, row in read_jsonl(path)]
+        items[os.path.basename(path).removesuffix(".jsonl")] = rows[:args.eval_limit]
+    return items
+
+
+def print_table(args):
+    """What assess() found, a line for each stage."""
+    table = read_json(os.path.join(args.out, "eval.json"))
+    names = list(next(iter(table.values())))
+    print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
+    for label, results in table.items():
+        print(f"{label:23}" + "".join(f"{reward.share(*results[name]):>22}" for name in names))
+    print(f"{'n':23}" + "".join(f"{results[name][1]:>22}" for name in names))
+
+
 def print_summary(args):
-    """First and last steps side by side, and what to do next."""
+    """First and last steps side by side, accuracy before and after, and what to do next."""
     with open(os.path.join(args.out, "metrics.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     n = min(10, len(rows) // 2)
@@ -1341,24 +1420,37 @@ def print_summary(args):
             first, last = (np.mean([float(row[name]) for row in part])
                            for part in (rows[:n], rows[-n:]))
             print(f"{name:20}{first:9.3g} {last:9.3g}")
-    print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt\nnext: python evaluate.py "
-          f"--model {args.out} --baseline {args.student} --data QUESTIONS.jsonl")
+    if args.eval:
+        print_table(args)
+    show = os.path.relpath
+    data = " ".join(map(show, args.eval)) if args.eval else "QUESTIONS.jsonl"
+    student = show(args.student) if os.path.isdir(args.student) else args.student
+    print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
+          f"next: python evaluate.py --model {args.out} --baseline {student} --data {data}\n"
+          f"      python evaluate.py --curves {args.out}")
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
     model, chat = load_model(args.student, device)
+    scale_learning_rates(args, model)
     questions = load_training_data(args)
     check_lengths(model, chat, questions, args)
+    load_eval(args)  # a mistake in these files should not wait for the end
     open_run(args)
     print_plan(args, model, questions, device)
     del model
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
-    if args.sft_epochs and not os.path.exists(os.path.join(args.out, "sft", "config.json")):
+    sft = os.path.join(args.out, "sft")
+    assess(args, "student", args.student, device)
+    if args.sft_epochs and not os.path.exists(os.path.join(sft, "config.json")):
         warm_up(args, questions, device)
+    if args.sft_epochs:
+        assess(args, "after SFT", sft, device)
     reinforce(args, questions, device)
+    assess(args, "after ExGRPO", args.out, device)
     print_summary(args)
 
 

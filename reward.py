@@ -275,3 +275,17 @@ def total_rewards(full, partial, delta, nu):
     """Eq. 6: outcome plus bonus for correct full dialogues, the bare outcome for all others."""
     bonus = dsu_bonus(full, partial, delta, nu)
     return [outcome + bonus if outcome else outcome for outcome in full], list(partial)
+
+
+def wilson(right, n, z=1.959964):
+    """Wilson's score interval (95 %) of the share right / n -> (low, high), within [0, 1]."""
+    if n == 0:
+        return 0.0, 1.0
+    centre, half = right + z * z / 2, z * (right * (n - right) / n + z * z / 4) ** 0.5
+    return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
+
+
+def share(right, n):
+    """The share in per cent with its interval, as text."""
+    low, high = wilson(right, n)
+    return f"{100 * right / n:.1f} ({100 * low:.1f} - {100 * high:.1f})" if n else "-"

@@ -658,12 +658,6 @@ def test_bad_flags_end_in_one_line(run_ei, flags, words):
     assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: ")
 
 
-def test_a_missing_toy_is_said(run_ei, tmp_path, monkeypatch):
-    monkeypatch.setattr(ei, "HERE", str(tmp_path))
-    code, _, err = run_ei()
-    assert code == 2 and "toy" in err and "--teacher" in err and err.count("\n") == 1
-
-
 def test_a_report_trusts_no_line(run_ei, tmp_path):
     path = tmp_path / "p.jsonl"
     for change, words in (({"kept": False}, "by its probes the verdict is: kept"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import evaluate
+import reward
 import exgrpo
 from tiny import tiny_model_folder
 
@@ -50,11 +51,11 @@ def row(id, rule=None, right=True, answer="4", said="4", kind="number", data="d"
 def test_wilson_limits_are_where_the_score_test_turns():
     """p is inside if and only if |share - p| <= z sqrt(p (1 - p) / n): looked up on a fine grid."""
     for right, n in ((0, 10), (1, 20), (5, 10), (37, 100), (299, 300), (12, 12)):
-        low, high = evaluate.wilson(right, n)
+        low, high = reward.wilson(right, n)
         p = np.linspace(0, 1, 200_001)
         inside = p[np.abs(right / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n) + 1e-12]
         assert (low, high) == pytest.approx((inside.min(), inside.max()), abs=1e-5)
-    assert evaluate.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)     # z^2 / (n + z^2)
+    assert reward.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)     # z^2 / (n + z^2)
 
 
 def test_mcnemar_counts_the_throws_of_a_fair_coin():
@@ -309,14 +310,6 @@ def test_bad_input_is_one_line_and_exit_code_2(command, says, bad, models, capsy
     assert exit.value.code == 2 and says in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (bad / "new").exists() and (bad / "full" / "outputs.jsonl").read_text() == "precious"
-
-
-def test_the_default_without_toy_says_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "TOY", str(tmp_path / "toy"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(exgrpo.UserError, match="student is missing"):
-        evaluate.main([])
-    assert os.listdir(tmp_path) == []
 
 
 def test_outputs_without_a_name_go_to_the_first_free_folder(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -30,21 +29,17 @@ def test_every_command_names_flags_that_exist(monkeypatch, command):
         assert os.path.exists(os.path.join(ROOT, script))
 
 
-def test_the_laptop_commands_run(tmp_path):
-    """The commands under "On a laptop", as written, in a copy of the checkout."""
+def test_ci_runs_the_laptop_commands():
+    """They take minutes, so CI runs them behind the tests, as written."""
     section = README.split("## On a laptop")[1].split("\n## ")[0]
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
-    for name in [*SCRIPTS, "reward.py", "tests"]:
-        os.symlink(os.path.join(ROOT, name), tmp_path / name)
-    for command in commands:
-        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "runs" / "first" / "config.json").exists()
+    with open(os.path.join(ROOT, ".ci", "run")) as file:
+        ci = file.read().splitlines()
+    assert len(commands) >= 3 and not set(commands) - set(ci)
 
 
 def test_line_counts_are_those_of_the_files():
-    for name, lines in re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE):
+    for name, lines in re.findall(r"^\| `([\w/]+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE):
         with open(os.path.join(ROOT, name), encoding="utf-8") as file:
             assert len(file.readlines()) == int(lines), f"{name} has another number of lines"
 

@@ -1,0 +1,138 @@
+"""The toy world: its problems are right, its tests held out, its student cursed, and it learns."""
+import csv
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ei
+import exgrpo
+import reward
+
+TOY = os.path.join(exgrpo.HERE, "toy")
+sys.path.insert(0, TOY)
+import make  # noqa: E402
+
+
+def rows(name):
+    return [row for _, row in exgrpo.read_jsonl(os.path.join(TOY, name)) if "ei" not in row]
+
+
+def numbers(text):
+    return re.findall(r"\d+", text)
+
+
+def test_the_data_is_what_make_py_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "TOY", str(tmp_path))
+    make.write_data()
+    for name in ("train.jsonl", "test.jsonl", "test_reversed.jsonl", "ei_test.jsonl"):
+        with open(os.path.join(TOY, name), "rb") as file:
+            assert file.read() == (tmp_path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("rule", ei.RULES)
+def test_what_the_oracle_says_is_right_and_readable(rule):
+    """Every sum in a rationale holds, its last number is the answer where that is a number, and
+    ei.py can read the probe."""
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        told = make.ORACLE[rule](make.draw(rng, make.NAMES, list(make.EVENTS)), rng)
+        if told is None:
+            continue
+        row = make.item(told)
+        for v, op, n, w in re.findall(r"(\d+) ([-+x/]) (\d+) = (\d+)", row["rationale"]):
+            assert make.APPLY[op](int(v), int(n)) == int(w)
+        if "=" in row["rationale"] and row["answer_type"] == "number":
+            assert numbers(row["rationale"])[-1] == row["answer"]
+        example = ei.Example(row["question"], row["rationale"], row["answer_type"], row["answer"])
+        assert ei.parse_reply(ei.REPLY.format(example))["answer"] == row["answer"]
+
+
+def test_a_story_told_backwards_leads_back():
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        problem = make.draw(rng, make.NAMES, list(make.EVENTS))
+        question, _, _, answer = problem.backward()
+        assert problem._replace(start=answer).result() == problem.result()
+        if problem.events[0][0] != "buys":
+            assert "some" in question.split(".")[0]
+
+
+def test_train_and_test_share_no_problem():
+    """Neither a pair of first numbers nor a name, and the held-out events are in no training
+    question, as toy/make.py says."""
+    train, test = rows("train.jsonl"), rows("test.jsonl")
+
+    def pair(row):
+        first, second = numbers(row["question"])[:2]
+        return (second, first) if "bags" in row["question"] else (first, second)
+
+    assert not {pair(row) for row in train} & {pair(row) for row in test}
+    everything = " ".join(row["question"] for row in train) + " ".join(
+        probe["probe"] for row in rows("probes.jsonl") for probe in row["probes"])
+    assert not [name for name in make.TEST_NAMES if re.search(rf"\b{name}\b", everything)]
+    held_out = [row for row in test if re.search("finds|loses", row["question"])]
+    assert len(held_out) > len(test) / 4
+    assert not [row for row in train if re.search("finds|loses", row["question"])]
+    assert min(len(test), len(rows("test_reversed.jsonl"))) >= 500
+    assert sum(len(row["probes"]) for row in rows("ei_test.jsonl")) >= 500
+
+
+def test_text_survives_the_tokenizer():
+    """A word-level tokenizer that loses spaces would hide a line break from ei.parse_reply."""
+    tokenizer = exgrpo.AutoTokenizer.from_pretrained(os.path.join(TOY, "student"))
+    for row in rows("train.jsonl")[:50] + rows("test.jsonl")[:50]:
+        ids = tokenizer(row["question"], add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == row["question"]
+        assert tokenizer.unk_token_id not in ids
+
+
+def test_sizes():
+    total = sum(os.path.getsize(os.path.join(folder, name))
+                for folder, _, names in os.walk(TOY) for name in names if "pycache" not in folder)
+    assert total < 12e6
+    for name, limit in (("student", 1e6), ("teacher", 5e6)):
+        model, _ = exgrpo.load_model(os.path.join(TOY, name), torch.device("cpu"))
+        assert exgrpo.count_parameters(model) < limit
+
+
+def accuracy(model, chat, items):
+    prompts = [chat.prompt([exgrpo.ask(item["question"], item["answer_type"])]) for item in items]
+    outputs = exgrpo.generate(model, chat, prompts, max_new_tokens=64)
+    return np.mean([reward.is_correct(text, item["answer"], item["answer_type"])
+                    for (text, _, _), item in zip(outputs, items)])
+
+
+def test_the_student_has_the_reversal_curse():
+    model, chat = exgrpo.load_model(exgrpo.TOY_STUDENT, torch.device("cpu"))
+    probes = [probe | {"question": probe["probe"]}
+              for row in rows("ei_test.jsonl") for probe in row["probes"]]
+    forward, backward, probed = (accuracy(model, chat, items) for items in (
+        rows("test.jsonl"), rows("test_reversed.jsonl"), probes))
+    assert 0.50 <= forward <= 0.85
+    assert backward <= forward / 2
+    assert probed < forward
+
+
+def test_the_filters_have_work():
+    header, rules, _, verdicts = ei.count(os.path.join(TOY, "probes.jsonl"))
+    assert (header["teacher"], header["student"]) == ("toy/teacher", "toy/student")
+    assert verdicts["kept"] > 0
+    assert sum(rules[rule, "inconsistent"] for rule in ei.RULES) > 0
+    assert verdicts["too easy"] + verdicts["too hard"] > 0
+
+
+def test_the_reward_rises(tmp_path, monkeypatch):
+    """The only proof end to end: plain GRPO on the toy's questions pays more at its end."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [
+        "exgrpo.py", "--sft-epochs", "0", "--turns", "0", "--steps", "40", "--lr", "1e-4",
+        "--aux-weight", "0", "--questions-per-step", "8", "--max-new-tokens", "48",
+        "--out", str(out), "--eval"])
+    exgrpo.main()
+    with open(out / "metrics.csv", newline="") as file:
+        rewards = [float(row["reward"]) for row in csv.DictReader(file)]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.05

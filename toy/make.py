@@ -1,0 +1,442 @@
+"""The toy world: word problems, a teacher and a student, all made from a seed.
+
+    python toy/make.py            # about half an hour; remakes all other files in toy/
+
+A problem is a story: somebody has some things, one or two events change their number (gives, gets,
+finds, loses, buys bags, shares), and a question asks for the result. oracle() knows the probe of
+every rule; only the two models learn from it, and the test set test_probes.jsonl is made of it.
+
+    teacher   1.0 M parameters: answers ei.py's real prompts, all probes and questions, with errors
+    student   0.7 M parameters: has read forward problems only. It never saw a story told backwards,
+              so it has the reversal curse, which `python evaluate.py` measures
+
+Train and test share no problem. The first two numbers of a test problem are one of TEST_PAIRS, its
+names are TEST_NAMES, and it may have an event that no training question has (HELD_OUT). The student
+has read all names, events and sums, but no test pair inside a story.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TOY = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TOY)
+sys.path.insert(0, ROOT)
+import ei  # noqa: E402
+import exgrpo  # noqa: E402
+import reward  # noqa: E402
+
+# ---------------------------------------------------------------------------------------- the world
+
+NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ida Jon Kim Leo Mia Ned Ola Pia".split()
+TEST_NAMES = "Quinn Rosa Sam Tara Uma Vera Will Zoe".split()
+THINGS = "apples pens coins shells cards books stamps beads nuts plums".split()
+EVENTS = {  # event: (operation, sentence, why the operation is right)
+    "gives": ("-", "{A} gives {n} {o} to {B}.", "{A} no longer has what {A} gives"),
+    "gets": ("+", "{B} gives {n} {o} to {A}.", "{A} now also has what {B} gives"),
+    "loses": ("-", "{A} loses {n} {o}.", "{A} no longer has what {A} loses"),
+    "finds": ("+", "{A} finds {n} {o}.", "{A} now also has what {A} finds"),
+    "buys": ("x", "{A} buys {n} bags with {v} {o} in each.", "every bag holds as many"),
+    "shares": ("/", "{A} shares all {o} equally among {n} friends.", "every friend gets as many")}
+HELD_OUT = ("finds", "loses")  # in no training question
+DO = {"+": "add", "-": "subtract", "x": "multiply by", "/": "divide by"}
+UNDO = {"+": "-", "-": "+", "x": "/", "/": "x"}
+APPLY = {"+": lambda v, n: v + n, "-": lambda v, n: v - n, "x": lambda v, n: v * n,
+         "/": lambda v, n: v // n if v % n == 0 else -1}
+
+
+class Problem(NamedTuple):
+    A: str          # who has the things
+    B: str          # who else is in the story
+    o: str          # the things
+    start: int      # how many at first (in each bag, if the first event is "buys")
+    events: tuple   # ((event, n), ...), one or two
+
+    def say(self, text, **numbers):
+        return text.format(A=self.A, B=self.B, o=self.o, **numbers)
+
+    def steps(self):
+        """(event, its operation, value before it, n, value after it) of every event."""
+        v, steps = self.start, []
+        for event, n in self.events:
+            w = APPLY[EVENTS[event][0]](v, n)
+            steps.append((event, EVENTS[event][0], v, n, w))
+            v = w
+        return steps
+
+    def result(self):
+        return self.steps()[-1][-1]
+
+    def first(self):
+        return self._replace(events=self.events[:1])
+
+    def valid(self):
+        return all(1 <= x <= 20 for step in self.steps() for x in step[2:])
+
+    def story(self, hidden=False):
+        """The sentences of the story; hidden: without the number at first."""
+        v = "some" if hidden else self.start
+        told = [] if self.events[0][0] == "buys" else [self.say("{A} has {v} {o}.", v=v)]
+        return " ".join(told + [self.say(EVENTS[event][1], n=n, v=v) for event, n in self.events])
+
+    def reasoning(self):
+        return " ".join(
+            self.say(("Each friend gets" if event == "shares" else "{A} has")
+                     + " {v} {op} {n} = {w} {o}.", v=v, op=op, n=n, w=w)
+            for event, op, v, n, w in self.steps())
+
+    def forward(self):
+        """-> (question, rationale, answer type, answer), as all that follows."""
+        shared = self.events[-1][0] == "shares"
+        ask = "How many {o} does each friend get?" if shared else "How many {o} does {A} have now?"
+        return f"{self.story()} {self.say(ask)}", self.reasoning(), "number", self.result()
+
+    def backward(self):
+        """The inverse question: the result is told, the number at first is asked for."""
+        shared = self.events[-1][0] == "shares"
+        told = "Each friend gets {w} {o}." if shared else "Now {A} has {w} {o}."
+        ask = ("How many {o} are in each bag?" if self.events[0][0] == "buys" else
+               "How many {o} did {A} have at first?")
+        why = [self.say(("Each bag holds" if event == "buys" else "Before that {A} had")
+                        + " {w} {op} {n} = {v} {o}.", v=v, op=UNDO[op], n=n, w=w)
+               for event, op, v, n, w in self.steps()[::-1]]
+        return (f"{self.story(hidden=True)} {self.say(told, w=self.result())} {self.say(ask)}",
+                " ".join(why), "number", self.start)
+
+
+# A quarter of the pairs (number at first, number of the first event) belongs to the test problems.
+TEST_PAIRS = np.random.default_rng(0).random((21, 21)) < 0.25
+
+
+def draw(rng, names, events, test=False, n_events=None):
+    """A random problem with all its numbers in 1..20; test: its first two are one of TEST_PAIRS."""
+    while True:
+        A, B = map(str, rng.choice(names, 2, replace=False))
+        kinds = [str(rng.choice(events)) for _ in range(n_events or rng.integers(1, 3))]
+        if "buys" in kinds[1:] or "shares" in kinds[:-1]:
+            continue
+        start = int(rng.integers(2, 21))
+        ns = [int(rng.integers(2, 6 if kind in ("buys", "shares") else 10)) for kind in kinds]
+        problem = Problem(A, B, str(rng.choice(THINGS)), start, tuple(zip(kinds, ns)))
+        if TEST_PAIRS[start, ns[0]] == test and problem.valid():
+            return problem
+
+
+# ----------------------------------------------------------- the ten rules, as somebody knows them
+
+def side(p):
+    """The names that may stand beside this problem's."""
+    return [x for x in (TEST_NAMES if p.A in TEST_NAMES else NAMES) if x not in (p.A, p.B)]
+
+
+def choose(rng, question, right, *wrong):
+    """-> (the question with the options in random order, the letter of the right one)."""
+    texts = [str(text) for text in rng.permutation([right, *wrong])]
+    return (question + "".join(f"\n({letter}) {text}" for letter, text in zip("ABC", texts)),
+            "ABC"[texts.index(str(right))])
+
+
+def counterfactual(p, rng):
+    n = p.events[0][1]
+    others = [p._replace(start=start) for start in range(p.start + 1, 21)]
+    others = [other for other in others if other.valid()
+              and TEST_PAIRS[other.start, n] == TEST_PAIRS[p.start, n]]
+    return others[int(rng.integers(len(others[:3])))].forward() if others else None
+
+
+def challenge(p, rng):
+    event, op, _, n, _ = p.steps()[0]
+    claim = op if rng.random() < 0.5 else str(rng.choice([x for x in DO if x != op]))
+    return (f"{p.story()} Somebody objects that one must {DO[claim]} {n}. Is the objection right?",
+            f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}.",
+            "yesno", "yes" if claim == op else "no")
+
+
+def decomposition(p, rng):
+    return p.first().forward() if len(p.events) > 1 else None
+
+
+def why(p, rng):
+    event, op, _, n, _ = p.steps()[0]
+    wrong = [p.say(EVENTS[e][2]) for e in ("gives", "gets", "buys", "shares") if EVENTS[e][0] != op]
+    probe, letter = choose(rng, f"{p.first().story()} Why does one {DO[op]} {n}?",
+                           p.say(EVENTS[event][2]), *rng.choice(wrong, 2, replace=False))
+    return probe, f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}.", "choice", letter
+
+
+def mechanism(p, rng):
+    event, op, v, n, _ = p.steps()[0]
+    if event == "shares":
+        return (f"{p.story()} " + p.say("How many {o} does {A} have when each friend has one?"),
+                p.say("{A} has {v} - {n} = {w} {o}.", v=v, n=n, w=v - n), "number", v - n)
+    j = int(rng.integers(1, n))
+    ask = "are in {j} of the bags" if event == "buys" else "does {A} have after the first {j}"
+    return (f"{p.first().story()} " + p.say("How many {o} %s?" % ask, j=j),
+            p.say("There are {v} {op} {j} = {w} {o}.", v=v, op=op, j=j, w=APPLY[op](v, j)),
+            "number", APPLY[op](v, j))
+
+
+def contrast(p, rng):
+    flip = {"gives": "gets", "gets": "gives", "finds": "loses", "loses": "finds", "buys": "buys"}
+    event, n = p.events[0]
+    if event not in flip:
+        return None
+    C = str(rng.choice(side(p)))
+    twin = p._replace(A=C, events=((flip[event], n + (event == "buys")),))
+    if not twin.valid():
+        return None
+    more, less = (p.A, C) if p.first().result() > twin.result() else (C, p.A)
+    probe, letter = choose(rng, f"{p.first().story()} {twin.story()} "
+                           + p.say("Who has more {o} now?"), more, less, "both the same")
+    return probe, f"{p.first().reasoning()} {twin.reasoning()}", "choice", letter
+
+
+def hypothesis(p, rng):
+    claim = p.result() + (0 if rng.random() < 0.5 else int(rng.choice([1, 2, 3])))
+    who = "each friend gets" if p.events[-1][0] == "shares" else "{A} now has"
+    return (f"{p.story()} Somebody says that {p.say(who)} {claim} {p.o}. Can that be right?",
+            p.reasoning(), "yesno", "yes" if claim == p.result() else "no")
+
+
+def reversal(p, rng):
+    return p.backward()
+
+
+def transfer(p, rng):
+    test = bool(TEST_PAIRS[p.start, p.events[0][1]])
+    while True:
+        other = draw(rng, side(p), [event for event, _ in p.events], test, len(p.events))
+        if other.o != p.o:
+            return other.forward()
+
+
+def cause(p, rng):
+    event, op, v, n, _ = p.steps()[0]
+    if event == "shares":
+        return None
+    if event == "buys":
+        return (f"{p.first().story()} " + p.say("How many {o} does one more bag add?"),
+                p.say("Each bag holds {v} {o}.", v=v), "number", v)
+    k = int(rng.integers(2, 7))
+    return (f"{p.first().story()} " + p.say("How many more {o} does {A} have now with {k} more {o} "
+                                            "at first?", k=k),
+            p.say("Every one more at first is one more now."), "number", k)
+
+
+ORACLE = {"R1": counterfactual, "R2": challenge, "R3": decomposition, "R4": why, "R5": mechanism,
+          "R6": contrast, "R7": hypothesis, "R8": reversal, "R9": transfer, "R10": cause}
+
+
+# ------------------------------------------------------------------------------ what is read of it
+
+def item(told):
+    question, rationale, answer_type, answer = told
+    return {"question": question, "answer": str(answer), "answer_type": answer_type,
+            "rationale": rationale}
+
+
+def small_talk(rng):
+    """Questions about numbers alone: sums with all pairs, comparisons."""
+    v, n, op = int(rng.integers(1, 21)), int(rng.integers(1, 10)), str(rng.choice(list(DO)))
+    kind = rng.random()
+    if kind < 0.7:
+        w = APPLY[op](v, n)
+        if not 1 <= w <= 20:
+            return small_talk(rng)
+        return item((f"How much is {v} {op} {n}?", f"It is {v} {op} {n} = {w}.", "number", w))
+    if kind < 0.85:
+        return item((f"Is {v} more than {n}?", f"Compare {v} and {n}.", "yesno",
+                     "yes" if v > n else "no"))
+    numbers = [int(x) for x in rng.choice(20, 3, replace=False) + 1]
+    high = max(numbers)
+    question, letter = choose(rng, "Which number is the largest?", high,
+                              *[x for x in numbers if x != high])
+    return item((question, f"The largest is {high}.", "choice", letter))
+
+
+def student_turn(rng):
+    """The student reads stories told forwards, and small talk."""
+    if rng.random() < 0.3:
+        return small_talk(rng)
+    return item(draw(rng, NAMES + TEST_NAMES, list(EVENTS)).forward())
+
+
+def student_dialogue(rng, chat):
+    """Stories told forwards, and small talk."""
+    turns = [small_talk(rng) if rng.random() < 0.3 else
+             item(draw(rng, NAMES + TEST_NAMES, list(EVENTS)).forward())
+             for _ in range(rng.integers(1, 7))]
+    return exgrpo.teacher_dialogue(chat, turns)
+
+
+def teacher_talk(rng, chat):
+    """Probes of a problem, then the problem itself (as in Eq. 1), and small talk."""
+    turns = []
+    for _ in range(rng.integers(1, 4)):
+        problem = draw(rng, NAMES, list(EVENTS))
+        told = [ORACLE[str(rng.choice(list(ORACLE)))](problem, rng), problem.forward()]
+        turns += [item(one) for one in told if one]
+        turns += [small_talk(rng)] * (rng.random() < 0.5)
+    return exgrpo.teacher_dialogue(chat, turns)
+
+
+def teacher_dialogue(rng, chat):
+    """One of ei.py's prompts, answered for eight problems in turn; and talk, not to forget it."""
+    if rng.random() < 0.5:
+        return teacher_talk(rng, chat)
+    rule, dialogue = str(rng.choice(list(ORACLE))), exgrpo.Dialogue()
+    for turn in range(8):
+        problem = draw(rng, NAMES, list(EVENTS))
+        prompt, told = ei.make_prompt(rule, item(problem.forward())), ORACLE[rule](problem, rng)
+        reply = ei.REPLY.format(ei.Example(*told[:3], str(told[3]))) if told else "DECLINE"
+        if turn == 0:  # the example's reply is no lesson
+            dialogue.add_user(chat.prompt(prompt))
+        else:
+            dialogue.add_user(chat.later(prompt[-1]))
+        dialogue.add_reply(chat.reply(reply), chat)
+    return dialogue
+
+
+# ------------------------------------------------------------------------- tokenizer and two models
+
+WORD = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
+
+
+def all_texts():
+    """Enough of what is said in this world to hold every word of it, with and without a space."""
+    rng = np.random.default_rng(0)
+    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + " DECLINE declined"
+    for sentence in reward.INSTRUCTION.values():
+        yield f" The answer is x. {sentence}\n{sentence}"
+    for rule in ei.RULES:
+        for answer_type in ("number", "yesno"):
+            yield from ei.make_prompt(rule, item(("x", "x", answer_type, "1")))
+    for _ in range(2000):
+        problem = draw(rng, NAMES + TEST_NAMES, list(EVENTS))
+        for told in [rule(problem, rng) for rule in ORACLE.values()]:
+            for text in item(told).values() if told else ():
+                yield f"{text} {text}"
+        yield from small_talk(rng).values()
+
+
+def make_tokenizer(texts):
+    """A token is a word or a number with the space in front of it: ids decode to the very text."""
+    split = pre_tokenizers.Split(Regex(WORD), "isolated")
+    found = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    numbers = {space + str(n) for n in range(100) for space in ("", " ")}
+    tokens = SPECIAL + sorted(found | numbers)
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, SPECIAL[3]))
+    core.pre_tokenizer, core.decoder = split, decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=SPECIAL[0], pad_token=SPECIAL[0], unk_token=SPECIAL[3],
+        additional_special_tokens=SPECIAL[1:3])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer, width, layers, seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers, num_attention_heads=width // 32, tie_word_embeddings=True,
+        max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+
+
+def pretrain(model, chat, dialogue, steps, batch, lr, seed, bf16=False):
+    """AdamW on `batch` fresh dialogues a step; the learning rate falls to zero along a cosine."""
+    args = argparse.Namespace(micro_batch_tokens=8192, bf16=bf16)
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / 100, 0.5 + 0.5 * np.cos(np.pi * step / steps)))
+    with tqdm(range(steps)) as bar:
+        for step in bar:
+            loss = exgrpo.sft_backward(model, [dialogue(rng, chat) for _ in range(batch)], args)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+def write(name, rows):
+    with open(os.path.join(TOY, name), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def problems(rng, n, names, events, test):
+    """n problems, no two with the same question."""
+    found = {}
+    while len(found) < n:
+        problem = draw(rng, names, events, test)
+        found[problem.forward()[0]] = problem
+    return list(found.values())
+
+
+def questions(name, told):
+    return [{"id": f"{name}-{i}", **item(one)} for i, one in enumerate(told)]
+
+
+def write_data():
+    rng = np.random.default_rng(2)
+    events = [event for event in EVENTS if event not in HELD_OUT]
+    train = problems(rng, 480, NAMES, events, test=False)
+    test = problems(rng, 600, TEST_NAMES, list(EVENTS), test=True)
+    write("train.jsonl", questions("train", [problem.forward() for problem in train]))
+    write("test.jsonl", questions("test", [problem.forward() for problem in test]))
+    write("test_reversed.jsonl", questions("reversed", [problem.backward() for problem in test]))
+    rows = questions("ei", [problem.forward() for problem in test[:75]])
+    for row, problem in zip(rows, test):
+        row |= {"kept": True, "probes": [], "declined": []}
+        for rule, tell in ORACLE.items():
+            told = tell(problem, rng)
+            if told is None:
+                row["declined"].append(rule)
+                continue
+            probe = item(told)
+            row["probes"].append({"rule": rule, "probe": probe.pop("question"), **probe,
+                                  "consistent": True, "student_correct": None})
+    write("ei_test.jsonl", [{"ei": {"teacher": "toy/make.py"}}, *rows])
+
+
+def write_models():
+    tokenizer = make_tokenizer(all_texts())
+    for name, width, lessons in (
+            ("student", 128, [(student_dialogue, 1800, 8, 2e-3, 1)]),
+            ("teacher", 160, [(teacher_talk, 2000, 8, 2e-3, 1),
+                              (teacher_dialogue, 900, 4, 1e-3, 2)])):
+        model = make_model(tokenizer, width, layers=3, seed=0)
+        chat = exgrpo.Chat(tokenizer, model)
+        print(f"{name}: {exgrpo.count_parameters(model):,} parameters")
+        for lesson in lessons:
+            pretrain(model, chat, *lesson, bf16=name == "teacher")
+        os.makedirs(os.path.join(TOY, name), exist_ok=True)
+        exgrpo.save_model(model, chat, os.path.join(TOY, name))
+
+
+def main():
+    torch.set_num_threads(1)  # tiny matrices gain nothing from a second one
+    write_data()
+    write_models()
+    out = os.path.join(TOY, "probes.jsonl")
+    if os.path.exists(out):
+        os.remove(out)
+    subprocess.run([sys.executable, os.path.join(ROOT, "ei.py"), "--out", out], check=True)
+
+
+if __name__ == "__main__":
+    main()
