@@ -457,34 +457,50 @@ class KVCache:
 
     def __init__(self, n_rows, device):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
-        self.layers = []             # [keys, values] of each layer, (B, H, S, D)
+        self.layers = []             # [keys, values] of each layer, (B, S, H, D)
+        self.parts = {}              # the same of the active rows only, where some have finished
         self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
 
     def get_seq_length(self, layer_idx=0):
         return max(self.lengths)
 
+    def activate(self, rows):
+        self.active, self.parts = rows, {}
+
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
+        new = [x.transpose(1, 2) for x in (keys.to(values.dtype), values)]          # (b, T, H, D)
         if layer_idx == len(self.layers):
-            self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
-                                for x in (values, values)])
-        for i, new in enumerate((keys.to(values.dtype), values)):
-            store = self.layers[layer_idx][i]
-            if store.shape[2] < self.n_slots:  # room in steps of 128 slots: seldom copied
-                store = F.pad(store, (0, 0, 0, -(-self.n_slots // 128) * 128 - store.shape[2]))
-                self.layers[layer_idx][i] = store
-            store[self.active[:, None], :, self.positions] = new.transpose(1, 2)
-        stores = [store[:, :, :self.n_slots] for store in self.layers[layer_idx]]
-        whole = len(self.active) == len(self.lengths)
-        return stores if whole else [store[self.active] for store in stores]
+            self.layers.append([x.new_empty(len(self.lengths), 0, *x.shape[2:]) for x in new])
+        stores = self.layers[layer_idx] = [
+            _write(store, self.active, self.positions, x, self.n_slots)
+            for store, x in zip(self.layers[layer_idx], new)]
+        if len(self.active) < len(self.lengths):  # copied when rows leave, not at every token
+            parts = self.parts.get(layer_idx)
+            everyone = torch.arange(len(self.active), device=self.active.device)
+            stores = self.parts[layer_idx] = [
+                store[self.active] for store in stores] if parts is None else [
+                _write(part, everyone, self.positions, x, self.n_slots)
+                for part, x in zip(parts, new)]
+        return [store[:, :self.n_slots].transpose(1, 2) for store in stores]
 
     def repeat(self, group_size):
         """Each row becomes group_size equal rows: the prompt of a group is read once."""
         self.lengths = [n for n in self.lengths for _ in range(group_size)]
         self.layers = [[store.repeat_interleave(group_size, dim=0) for store in layer]
                        for layer in self.layers]
-        self.active = torch.arange(len(self.lengths), device=self.active.device)
+        self.activate(torch.arange(len(self.lengths), device=self.active.device))
+
+
+def _write(store, rows, positions, new, n_slots):
+    """Puts new (b, T, H, D) at positions (b, T) of these rows of store (B, S, H, D), or of its
+    larger successor, which is returned."""
+    if store.shape[1] < n_slots:  # by a quarter, to a multiple of 128: seldom copied
+        store = F.pad(store, (0, 0, 0, 0, 0, -(-n_slots * 5 // 512) * 128 - store.shape[1]))
+    places = (rows[:, None] * store.shape[1] + positions).flatten()
+    store.flatten(0, 1).index_copy_(0, places, new.flatten(0, 1))
+    return store
 
 
 def visible(config, seen, behind):
@@ -498,32 +514,6 @@ def visible(config, seen, behind):
         return seen[:, None]
     sliding = (seen & (behind < window))[:, None]
     return {"full_attention": seen[:, None], "sliding_attention": sliding} if kinds else sliding
-
-
-@contextlib.contextmanager
-def thin_products(model):
-    """On a CPU, y^T = W x^T in place of y = x W^T while the few rows of a decode step are computed:
-    W is read as it lies and not packed anew, 1.2 to 1.8 times faster. Under autocast, the weights
-    are cast once."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear and model.device.type == "cpu"]
-    half = torch.is_autocast_enabled("cpu")
-    for layer in layers:
-        dtype = torch.get_autocast_dtype("cpu") if half else layer.weight.dtype
-        layer.forward = functools.partial(_thin_linear, layer.weight.to(dtype),
-                                          None if layer.bias is None else layer.bias.to(dtype))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _thin_linear(weight, bias, x):
-    rows = x.to(weight.dtype).flatten(0, -2)
-    if len(rows) > 64:
-        return F.linear(x.to(weight.dtype), weight, bias)
-    y = (weight @ rows.T).T.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
 
 
 @functools.lru_cache(maxsize=8)
@@ -562,17 +552,29 @@ def draw(logits, temperature, u):
     """One token a row from softmax(logits / temperature) over the whole vocabulary, by inverse CDF.
 
     logits (B, V); u (B,) uniform on [0, 1); temperature 0 is greedy. Returns tokens (B,) and their
-    log-probs (B,), formed as token_logprobs forms them. The sums run in u's double precision: in
-    fp32, those of 262k terms lose the tail.
+    log-probs (B,). First a block of 128 tokens is found, then the token in it, so that the long sum
+    is short; it runs in u's double precision: in fp32, 262k terms would lose the tail.
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(u)
-    logits = logits / temperature
-    normaliser = logits.logsumexp(-1)
-    cdf = (logits - normaliser[:, None]).exp().to(u.dtype).cumsum(-1)               # (B, V)
-    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)
-    tokens = tokens.clamp(max=logits.shape[1] - 1)
-    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
+    probs = (logits if temperature == 1 else logits / temperature).softmax(-1)      # (B, V)
+    blocks = F.pad(probs, (0, -probs.shape[1] % 128)).unflatten(1, (-1, 128))       # (B, n, 128)
+    sums = blocks.sum(-1, dtype=u.dtype)                                            # (B, n)
+    block, left = _invert(sums, u * sums.sum(-1))
+    rows = torch.arange(len(u), device=u.device)
+    inside, _ = _invert(blocks[rows, block].to(u.dtype), left)
+    tokens = block * 128 + inside
+    return tokens, probs[rows, tokens].log()
+
+
+def _invert(weights, mass):
+    """Where the running sum of weights (B, n) passes mass (B,): index, mass left there; (B,) each.
+    Kept below the whole sum, mass never ends at a weight of 0."""
+    cdf = weights.cumsum(-1)
+    mass = torch.minimum(mass, torch.nextafter(cdf[:, -1], torch.zeros_like(mass)))[:, None]
+    index = torch.searchsorted(cdf, mass, right=True)
+    left = mass - cdf.gather(1, index) + weights.gather(1, index)
+    return index.squeeze(1), left.squeeze(1)
 
 
 class Sampled(NamedTuple):
@@ -600,7 +602,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
         rows = range(len(prompts))
     else:
         rows = range(len(cache.lengths)) if rows is None else rows  # in increasing order
-        cache.active = torch.tensor(list(rows), device=device)
+        cache.activate(torch.tensor(list(rows), device=device))
         logits = extend(model, cache, [ids[cache.lengths[row]:] for row, ids in zip(rows, prompts)])
     B, where = len(prompts), cache.active                    # where: each reply's row in the cache
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -612,26 +614,25 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
     going = torch.ones(B, dtype=torch.bool, device=device)
     live = torch.arange(B, device=device)                    # the replies still in the batch
     precise = torch.float32 if device.type == "mps" else torch.float64
-    with thin_products(model):
-        for t in range(max_new_tokens):
-            # A number for every row, finished or not: no row's luck depends on another's length.
-            u = torch.rand(B, generator=generator, device=device, dtype=precise)
-            token, logp = draw(logits, temperature, u[live])     # (b,), (b,)
-            tokens[live, t], logps[live, t] = token, logp.to(logps.dtype)
-            counts[live] += going[live]
-            going[live] &= ~torch.isin(token, stop)
-            if t + 1 == max_new_tokens:
+    for t in range(max_new_tokens):
+        # A number for every row, finished or not: no row's luck depends on another's length.
+        u = torch.rand(B, generator=generator, device=device, dtype=precise)
+        token, logp = draw(logits, temperature, u[live])     # (b,), (b,)
+        tokens[live, t], logps[live, t] = token, logp.to(logps.dtype)
+        counts[live] += going[live]
+        going[live] &= ~torch.isin(token, stop)
+        if t + 1 == max_new_tokens:
+            break
+        if device.type == "cpu" or t % 8 == 7:  # to ask a GPU is to wait: only now and then
+            left = going[live].nonzero().squeeze(1)
+            if len(left) == 0:
                 break
-            if device.type == "cpu" or t % 8 == 7:  # to ask a GPU is to wait: only now and then
-                left = going[live].nonzero().squeeze(1)
-                if len(left) == 0:
-                    break
-                if len(left) < len(live):  # finished rows leave the batch
-                    live, token = live[left], token[left]
-                    cache.active = where[live]
-            hidden = forward_cached(model, cache, token[:, None], (lengths[live] + t)[:, None],
-                                    n_slots=longest + t + 1)
-            logits = head(model, hidden[:, -1])                  # (b, V)
+            if len(left) < len(live):  # finished rows leave the batch
+                live, token = live[left], token[left]
+                cache.activate(where[live])
+        hidden = forward_cached(model, cache, token[:, None], (lengths[live] + t)[:, None],
+                                n_slots=longest + t + 1)
+        logits = head(model, hidden[:, -1])                  # (b, V)
 
     counts, tokens, logps = counts.tolist(), tokens.tolist(), logps.tolist()
     for i, row in enumerate(rows):  # the last token of a reply was sampled but never read

@@ -100,9 +100,26 @@ def test_full_vocabulary_and_frequencies():
 
 
 def test_draw_never_picks_what_has_no_probability():
-    logits = torch.tensor([[-1e9, 0.0, -1e9]]).expand(2, 3)
-    tokens, _ = exgrpo.draw(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64))
-    assert tokens.tolist() == [1, 1]
+    """At either end of u, beside zeros in the same block of 128 tokens, in other blocks, and in the
+    padding that fills the last block."""
+    for size, place in ((3, 1), (300, 0), (300, 128), (300, 255), (300, 299)):
+        logits = torch.full((2, size), -1e9)
+        logits[:, place] = 0.0
+        tokens, _ = exgrpo.draw(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64))
+        assert tokens.tolist() == [place, place]
+
+
+def test_draw_in_blocks_equals_one_long_sum():
+    """The inverse CDF by its definition, over a vocabulary that fills no whole number of blocks:
+    a mass that is carried into the wrong block would pick from the right distribution's
+    neighbourhood, and no histogram of a small vocabulary would show it."""
+    logits = torch.randn(500, 1000, generator=generator()) * 3
+    u = torch.rand(500, generator=generator(1), dtype=torch.float64)
+    tokens, logps = exgrpo.draw(logits, 0.7, u)
+    plain = torch.log_softmax(logits.double() / 0.7, -1)
+    expected = torch.searchsorted(plain.exp().cumsum(-1), u[:, None], right=True)
+    assert (tokens == expected[:, 0]).float().mean() > 0.99  # fp32 and fp64 may part at an edge
+    assert torch.allclose(logps.double(), plain.gather(1, tokens[:, None])[:, 0], atol=1e-5)
 
 
 def test_first_tokens_of_a_group_differ(loaded):
@@ -135,6 +152,25 @@ def test_a_rows_luck_depends_on_no_other_row(loaded):
     for long, short in zip(never, early):
         assert long[:len(short)] == short
         assert (short[-1] == stop) or len(short) == 30
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_rows_that_left_can_go_on_in_the_next_turn(loaded, kind):
+    """While some rows have finished, the others run on a copy of their part of the cache; what it
+    learns must stand in the cache itself too, or the next turn would look at empty slots."""
+    model, chat = loaded(kind)
+    prompts = [chat.first("Why? " * n) for n in (1, 2, 3)]
+    free = dict(max_new_tokens=20, temperature=1.0, generator=generator(1))
+    stop = exgrpo.sample(model, prompts, stop_ids=[], **free).replies[1][4]
+    first = exgrpo.sample(model, prompts, stop_ids=[stop], **free | {"generator": generator(1)})
+    assert len({len(reply) for reply in first.replies}) > 1, "rows should end at different times"
+    longer = [p + reply + chat.later("So?") for p, reply in zip(prompts, first.replies)]
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids])).logits[0, -1] for ids in longer]
+        first.cache.activate(torch.arange(3))
+        ours = exgrpo.extend(model, first.cache, [
+            ids[first.cache.lengths[row]:] for row, ids in enumerate(longer)])
+    assert torch.allclose(ours, torch.stack(expected), atol=1e-3)
 
 
 def test_an_end_token_inside_the_prompt_does_not_stop_the_rollout(loaded):
