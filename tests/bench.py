@@ -2,12 +2,31 @@
 with a word.
 
     python tests/bench.py grader        # reward.py beside math-verify (pip install math-verify)
+    python tests/bench.py sampling      # a group's replies, beside transformers' generate
+    python tests/bench.py dialogue      # k turns, cache kept and forked, beside generate anew
+    python tests/bench.py step          # the update, beside TRL's trainer (pip install trl)
+    python tests/bench.py whole         # sampling and update, beside TRL with a rollout_func
+    python tests/bench.py growth        # a step for G = 4..32 and k = 1..10
+    python tests/bench.py limit         # beside the limits of this machine's memory and products
+
+    --model FOLDER  --dtype fp32|bf16  --threads N  --repeats N
+
+Contenders run in processes of their own and take turns, so that a busy machine is busy for all;
+figures are medians of CPU seconds. Without --model it is $EXGRPO_MODELS/smollm2, else the toy
+student, else a tiny random model.
 """
+import argparse
+import functools
 import os
 import platform
 import re
+import resource
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
@@ -60,10 +79,468 @@ def grader():
         print(f"{name:24}{right:8.1%}{wrong:12}{seconds:13.3f}")
 
 
+# ------------------------------------------------------------- contenders, each in its own process
+
+class Lap:
+    """with lap: work. Waits for its turn before, reports its CPU and wall seconds behind."""
+
+    def __enter__(self):
+        print("READY", flush=True)
+        if not sys.stdin.readline().strip():
+            print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, flush=True)
+            os._exit(0)
+        self.start = time.process_time(), time.perf_counter()
+
+    def __exit__(self, *_):
+        print("LAP", time.process_time() - self.start[0], time.perf_counter() - self.start[1],
+              flush=True)
+
+
+def listen(process, word):
+    """The numbers behind the next line that begins with this word; None if the process ended."""
+    for line in process.stdout:
+        if line.startswith(word):
+            return [float(x) for x in line.split()[1:]]
+
+
+def race(args, contenders):
+    """Lets contenders (names) take turns after a warm-up each and prints their medians, the first
+    one's ratio to each, and peak memory. Returns {name: CPU seconds}."""
+    runners = {}
+    for name in contenders:
+        flags = [f"--{flag.replace(chr(95), chr(45))}={value}" for flag, value in vars(args).items()
+                 if flag not in ("benchmark", "name")]
+        runners[name] = subprocess.Popen([sys.executable, __file__, "contend", *flags, "--name",
+                                          name], text=True, stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    laps, peaks = {name: [] for name in contenders}, {}
+    for turn in range(args.repeats + 1):
+        for name, runner in list(runners.items()):
+            if listen(runner, "READY") is None:
+                words = runner.stderr.read().strip().splitlines() or ["no word"]
+                print(f"{name}: skipped ({words[-1]})")
+                del runners[name]
+                continue
+            print("go", file=runner.stdin, flush=True)
+            lap = listen(runner, "LAP")
+            if turn:  # the first one warms up
+                laps[name].append(lap)
+    for name, runner in runners.items():
+        listen(runner, "READY")
+        runner.stdin.close()
+        peaks[name] = listen(runner, "PEAK")[0]
+        runner.wait()
+    return report(runners, laps, peaks)
+
+
+def report(names, laps, peaks):
+    medians = {name: statistics.median(cpu for cpu, _ in laps[name]) for name in names}
+    if not medians:
+        return medians
+    first = next(iter(medians))
+    print(f"{'':34}{'CPU s':>9}{'min..max':>16}{'wall s':>9}{'peak GiB':>10}{'time':>7}{'peak':>7}")
+    for name, cpu in medians.items():
+        spread = "{:.2f}..{:.2f}".format(*(f(c for c, _ in laps[name]) for f in (min, max)))
+        wall = statistics.median(wall for _, wall in laps[name])
+        print(f"{name:34}{cpu:9.2f}{spread:>16}{wall:9.2f}{peaks[name]:10.2f}"
+              f"{cpu / medians[first]:7.2f}{peaks[name] / peaks[first]:7.2f}", flush=True)
+    print()
+    return medians
+
+
+def model_folder(args):
+    """The folder of the model to measure, and how to call it."""
+    local = os.path.join(os.environ.get("EXGRPO_MODELS", ""), "smollm2")
+    toy = os.path.join(os.path.dirname(HERE), "toy", "student")
+    for folder in filter(os.path.isdir, filter(None, (args.model, local, toy))):
+        return folder
+    import tiny
+    folder = os.path.join(tempfile.gettempdir(), "exgrpo-bench-tiny")
+    made = os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+    return folder if made else tiny.tiny_model_folder("llama", folder)
+
+
+def load(args):
+    """(model, chat) as exgrpo.py loads them, and the settings of a step."""
+    import torch
+    import exgrpo
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model, chat = exgrpo.load_model(model_folder(args), torch.device("cpu"))
+    chat.stop_ids = []  # every reply has its full length: equal work for all
+    return model, chat, types.SimpleNamespace(
+        group_size=args.group, max_new_tokens=args.new_tokens, temperature=1.0, turns=args.turns,
+        bf16=args.dtype == "bf16", micro_batch_tokens=args.micro_batch_tokens, beta=0.04,
+        epsilon=0.2, aux_weight=0.0, updates=1, partial="forked", seed=0)
+
+
+TEXT = ("Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+        "May. How many clips did she sell altogether in April and May? ")
+
+
+def user_turn(chat, n_tokens, seed=0):
+    """A user's words of about n_tokens tokens."""
+    words = (TEXT.split() * 20)[seed:]
+    n = next(n for n in range(1, len(words)) if len(chat.encode(" ".join(words[:n]))) >= n_tokens)
+    return " ".join(words[:n])
+
+
+def ragged_prompts(chat):
+    """Four prompts of about 120 tokens."""
+    lengths = [n - len(chat.first("")) for n in (121, 112, 128, 117)]
+    return [chat.first(user_turn(chat, n, seed)) for seed, n in enumerate(lengths)]
+
+
+def hf_generate(model, prompts, copies, new_tokens):
+    """transformers' generate over the full vocabulary, left-padded -> lists of new ids."""
+    import torch
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        output = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0,
+                                min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+                                num_return_sequences=copies, pad_token_id=0)
+    return output[:, T:].tolist()
+
+
+def as_peer(args, model):
+    """For generate, bf16 means bf16 weights: faster there than autocast over fp32 ones."""
+    import torch
+    return model.to(torch.bfloat16) if args.dtype == "bf16" else model
+
+
+def contend_sample(args, lap):
+    import torch
+    import exgrpo
+    model, chat, settings = load(args)
+    prompts = ragged_prompts(chat)
+    while True:
+        with lap, exgrpo.autocast(settings, model.device):
+            exgrpo.sample(model, prompts, max_new_tokens=args.new_tokens, temperature=1.0,
+                          stop_ids=[], group_size=args.group, generator=torch.Generator())
+
+
+def contend_generate(args, lap):
+    model, chat, _ = load(args)
+    model, prompts = as_peer(args, model), ragged_prompts(chat)
+    while True:
+        with lap:
+            hf_generate(model, prompts, args.group, args.new_tokens)
+
+
+def scripts_of(chat, args):
+    """One question's turns: k probes and the question, about 60 tokens each."""
+    turns = [user_turn(chat, 60, seed) for seed in range(args.turns + 1)]
+    return turns, args.turns // 2  # k'
+
+
+def contend_dialogue(args, lap, forked):
+    import torch
+    import exgrpo
+    model, chat, settings = load(args)
+    (*probes, final), cut = scripts_of(chat, args)
+    while True:
+        with lap, exgrpo.autocast(settings, model.device):
+            rng = torch.Generator().manual_seed(0)
+            full, cache = exgrpo.converse(model, chat, [[*probes, final]], settings, rng)
+            if forked:
+                exgrpo.fork_dialogues(model, chat, full, cache, [final], [cut], settings, rng)
+
+
+def render_and_generate(model, chat, script, args):
+    """The peer: G chats as text, rendered anew at each turn -> what was said in each."""
+    chats = [[] for _ in range(args.group)]
+    for user in script:
+        prompts = []
+        for said in chats:
+            said.append(user)
+            prompts.append(chat.prompt(said))
+        for said, new in zip(chats, hf_generate(model, prompts, 1, args.new_tokens)):
+            said.append(chat.decode(new))
+    return chats
+
+
+def contend_rendered(args, lap, apart):
+    model, chat, _ = load(args)
+    model = as_peer(args, model)
+    (*probes, final), cut = scripts_of(chat, args)
+    while True:
+        with lap:
+            render_and_generate(model, chat, [*probes, final], args)
+            if apart:
+                render_and_generate(model, chat, [*probes[:cut], final], args)
+
+
+def single_turns(chat, args):
+    """The dialogues of the training step: four groups of replies to ragged prompts."""
+    import torch
+    import exgrpo
+    generator, dialogues = torch.Generator().manual_seed(0), []
+    for prompt in ragged_prompts(chat):
+        for _ in range(args.group):
+            dialogue = exgrpo.Dialogue()
+            dialogue.add_user(list(prompt))
+            dialogue.add_reply(torch.randint(5, 250, (args.new_tokens,), generator=generator)
+                               .tolist(), chat, [0.0] * args.new_tokens)
+            dialogue.mask[-1] = 0
+            dialogues.append(dialogue)
+    return dialogues
+
+
+def updater(args, model, settings):
+    """(dialogues) -> one ExGRPO update with a frozen reference; no advantage is 0."""
+    import contextlib
+    import torch
+    import exgrpo
+    reference = exgrpo.load_model(model_folder(args), torch.device("cpu"))[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def update(dialogues):
+        advantages = torch.where(torch.arange(len(dialogues)) % 2 == 0, 1.0, -1.0).double()
+        exgrpo.update(model, lambda: contextlib.nullcontext(reference), optimizer, dialogues,
+                      advantages, [], settings, "bench")
+    return update
+
+
+def contend_update(args, lap):
+    model, chat, settings = load(args)
+    update, dialogues = updater(args, model, settings), single_turns(chat, args)
+    while True:
+        with lap:
+            update(dialogues)
+
+
+def contend_padded(args, lap):
+    """The same update with the padded form, token_logprobs, in place of the trees."""
+    import exgrpo
+
+    def plant_batches(dialogues, model, budget):
+        for batch in exgrpo.micro_batches([len(d.ids) for d in dialogues], budget):
+            yield batch, types.SimpleNamespace(**dict(zip(("ids", "mask"), exgrpo.pad_rows(
+                [dialogues[i].ids for i in batch], [dialogues[i].mask for i in batch],
+                model.device))))
+    exgrpo.plant_batches = plant_batches
+    exgrpo.tree_logprobs = lambda model, rows, temperature: exgrpo.token_logprobs(
+        model, rows.ids, rows.mask, temperature)
+    contend_update(args, lap)
+
+
+def trl_trainer(args, lap, rollout, members, checkpointing=True):
+    """TRL's GRPOTrainer over dialogues that rollout(trainer) -> (prompts, completions, masks)
+    returns; a lap is a step. members: dialogues of a group."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Laps(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            lap.__enter__()
+
+        def on_step_end(self, *_, **__):
+            lap.__exit__()
+
+    def rollout_func(prompts, trainer):
+        prompt_ids, completion_ids, masks = rollout(trainer.model)
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None,
+                "env_mask": masks}
+
+    def alternate(completions, **_):
+        return [float(i % 2) for i in range(len(completions))]
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[], logging_strategy="no",
+        save_strategy="no", disable_tqdm=True, beta=0.04, learning_rate=1e-6, max_steps=1000,
+        num_generations=members, per_device_train_batch_size=8, temperature=1.0,
+        gradient_accumulation_steps=args.questions * members // 8, bf16=args.dtype == "bf16",
+        gradient_checkpointing=checkpointing, max_completion_length=4096)
+    GRPOTrainer(model=model_folder(args), reward_funcs=alternate, args=config,
+                train_dataset=Dataset.from_dict({"prompt": [TEXT] * 4096}),
+                rollout_func=rollout_func, callbacks=[Laps()]).train()
+
+
+def contend_trl(args, lap, checkpointing):
+    """TRL's training part alone: the dialogues of `step` are given, not sampled."""
+    _, chat, _ = load(args)
+    dialogues = single_turns(chat, args)
+    starts = [d.mask.index(1) for d in dialogues]
+    given = ([d.ids[:n] for d, n in zip(dialogues, starts)],
+             [d.ids[n:] for d, n in zip(dialogues, starts)],
+             [d.mask[n:] for d, n in zip(dialogues, starts)])
+    trl_trainer(args, lap, lambda model: given, args.group, checkpointing)
+
+
+def contend_whole(args, lap):
+    """A whole step: full and forked partial dialogues of some questions, then the update."""
+    import torch
+    import exgrpo
+    model, chat, settings = load(args)
+    update = updater(args, model, settings)
+    (*probes, final), cut = scripts_of(chat, args)
+    while True:
+        with lap:
+            rng = torch.Generator().manual_seed(0)
+            with exgrpo.autocast(settings, model.device):
+                full, cache = exgrpo.converse(model, chat, [[*probes, final]] * args.questions,
+                                              settings, rng)
+                partial = exgrpo.fork_dialogues(model, chat, full, cache, [final] * args.questions,
+                                                [cut] * args.questions, settings, rng)
+            update(full + partial)
+
+
+def contend_trl_whole(args, lap):
+    """The same dialogues by TRL: generate anew each turn, both scenarios sampled apart."""
+    import exgrpo
+    _, chat, _ = load(args)
+    (*probes, final), cut = scripts_of(chat, args)
+
+    def rollout(model):
+        outputs = [], [], []
+        for _ in range(args.questions):
+            for script in ([*probes, final], [*probes[:cut], final]):
+                for said in render_and_generate(model, chat, script, args):
+                    dialogue = exgrpo.Dialogue()
+                    for turn, text in enumerate(said):
+                        if turn % 2:
+                            dialogue.add_reply(chat.encode(text) + [chat.end_id], chat)
+                        else:
+                            dialogue.add_user((chat.later if turn else chat.first)(text))
+                    n = len(chat.first(script[0]))
+                    for column, ids in zip(outputs, (dialogue.ids[:n], dialogue.ids[n:],
+                                                     dialogue.mask[n:])):
+                        column.append(ids)
+        return outputs
+    trl_trainer(args, lap, rollout, 2 * args.group)
+
+
+CONTENDERS = {
+    "exgrpo.sample": contend_sample,
+    "generate": contend_generate,
+    "full dialogues, cache kept": functools.partial(contend_dialogue, forked=False),
+    "full, generate anew each turn": functools.partial(contend_rendered, apart=False),
+    "full and forked partial": functools.partial(contend_dialogue, forked=True),
+    "full and partial, generate apart": functools.partial(contend_rendered, apart=True),
+    "exgrpo.update": contend_update,
+    "exgrpo.update, padded": contend_padded,
+    "TRL, its default": functools.partial(contend_trl, checkpointing=True),
+    "TRL, without checkpointing": functools.partial(contend_trl, checkpointing=False),
+    "exgrpo, whole step": contend_whole,
+    "TRL, whole step": contend_trl_whole,
+}
+
+
+def sampling(args):
+    race(args, ["exgrpo.sample", "generate"])
+
+
+def dialogue(args):
+    args.new_tokens = 48
+    race(args, ["full dialogues, cache kept", "full, generate anew each turn"])
+    race(args, ["full and forked partial", "full and partial, generate apart"])
+    print("seconds a turn, cache kept (k probes and the question):")
+    for args.turns in (1, 2, 5, 10):
+        for name, cpu in race(args, ["full dialogues, cache kept"]).items():
+            print(f"k = {args.turns:2}: {cpu / (args.turns + 1):.2f} CPU s a turn", flush=True)
+
+
+def step(args):
+    race(args, ["exgrpo.update", "exgrpo.update, padded", "TRL, its default",
+                "TRL, without checkpointing"])
+
+
+def whole(args):
+    args.new_tokens, args.questions, args.turns = 32, 2, 2
+    race(args, ["exgrpo, whole step", "TRL, whole step"])
+
+
+def growth(args):
+    args.questions, args.turns, args.new_tokens, args.micro_batch_tokens = 2, 2, 32, 1024
+    for args.group in (4, 8, 16, 32):
+        print(f"G = {args.group}, k = {args.turns}")
+        race(args, ["exgrpo, whole step"])
+    args.group = 8
+    for args.turns in (1, 2, 5, 10):
+        print(f"G = {args.group}, k = {args.turns}")
+        race(args, ["exgrpo, whole step"])
+
+
+def limit(args):
+    """Decoding and training beside the matrix products of the model's own shapes, and a copy."""
+    import torch
+    import exgrpo
+    model, chat, settings = load(args)
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+
+    def seconds(work):
+        times = []
+        for _ in range(args.repeats + 1):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+        return statistics.median(times[1:])
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    n_weights = sum(w.numel() for w in weights)
+    buffer = torch.zeros(2 ** 27)
+    copy = 2 * buffer.nbytes / seconds(lambda: buffer.clone().copy_(buffer)) * 2
+
+    def products(rows):
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
+        with torch.no_grad():
+            return seconds(lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w)
+                                    for w in weights])
+    bound, many = products(32), products(1024)
+    prompts = ragged_prompts(chat)
+
+    def decode(n):
+        with exgrpo.autocast(settings, model.device):
+            exgrpo.sample(model, prompts, max_new_tokens=n, temperature=1.0, stop_ids=[],
+                          group_size=8, generator=torch.Generator())
+    ours = (seconds(lambda: decode(33)) - seconds(lambda: decode(1))) / 32
+    update, dialogues = updater(args, model, settings), single_turns(chat, args)
+    places = sum(int(forest.ids.numel()) for _, forest in exgrpo.plant_batches(
+        dialogues, model, settings.micro_batch_tokens))
+    head = weights[-1].numel()
+    trained = sum(sum(d.mask) for d in dialogues)
+    flops = 8 * ((n_weights - head) * places + head * trained)  # forward twice, backward twice that
+    least, took = flops / (2 * n_weights * 1024 / many), seconds(lambda: update(dialogues))
+    print(f"copy {copy / 1e9:.0f} GB/s; products {2e-9 * n_weights * 32 / bound:.0f} GFLOP/s at 32 "
+          f"rows, {2e-9 * n_weights * 1024 / many:.0f} at 1024\n"
+          f"decode step, 32 rows: {ours * 1e3:.0f} ms; its products alone {bound * 1e3:.0f} ms, "
+          f"its weights read once {n_weights * weights[0].element_size() / copy * 1e3:.0f} ms: "
+          f"{bound / ours:.0%} of the bound\n"
+          f"training step: {took:.1f} s; its products at the speed of 1024 rows {least:.1f} s: "
+          f"{least / took:.0%} of the bound\n")
+
+
+BENCHMARKS = {"grader": lambda args: grader(), "sampling": sampling, "dialogue": dialogue,
+              "step": step, "whole": whole, "growth": growth, "limit": limit}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("benchmark", nargs="*", metavar="|".join(BENCHMARKS),
+                        help="default: grader")
+    parser.add_argument("--model", default="", help="local folder, see above")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    for name, value in (("group", 8), ("turns", 5), ("questions", 4), ("new-tokens", 64),
+                        ("micro-batch-tokens", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not set(args.benchmark) <= {*BENCHMARKS, "contend"}:
+        parser.error(f"no such benchmark; choose from {', '.join(BENCHMARKS)}")
+    return args
+
+
 if __name__ == "__main__":
-    benchmarks = {"grader": grader}
-    chosen = sys.argv[1:] or list(benchmarks)
-    if not set(chosen) <= set(benchmarks):
-        sys.exit(f"error: no such benchmark; choose from {', '.join(benchmarks)}")
-    for name in chosen:
-        benchmarks[name]()
+    args = parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    if args.benchmark == ["contend"]:
+        CONTENDERS[args.name](args, Lap())
+    for benchmark in args.benchmark or ["grader"]:
+        if benchmark != "grader":
+            print(f"{benchmark}: {os.path.basename(model_folder(args))}, {args.dtype}, "
+                  f"{args.threads} thread(s), {cpu()}")
+        BENCHMARKS[benchmark](types.SimpleNamespace(**vars(args)))

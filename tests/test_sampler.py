@@ -107,6 +107,8 @@ def test_draw_never_picks_what_has_no_probability():
         logits[:, place] = 0.0
         tokens, _ = exgrpo.draw(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64))
         assert tokens.tolist() == [place, place]
+    weights = torch.tensor([[0.3, 0.0]], dtype=torch.float64)  # a sum that was rounded up elsewhere
+    assert exgrpo._invert(weights, torch.tensor([0.3 + 1e-16], dtype=torch.float64))[0] == 0
 
 
 def test_draw_in_blocks_equals_one_long_sum():
