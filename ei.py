@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import exgrpo
 import reward
-from exgrpo import HERE, UserError, ask, at_least
+from exgrpo import HERE, UserError, as_asked, at_least
 
 try:
     import fcntl
@@ -368,10 +368,6 @@ REFUSED = {401: "Set the environment variable TEACHER_API_KEY to a valid key",
 
 
 # ---------------------------------------------------------------------- one question and its probes
-
-def as_asked(row):
-    return ask(row.get("probe") or row["question"], row["answer_type"])
-
 
 def right(reply, row):
     """Is this (text, fault) a whole reply with the answer of the question or probe?"""

@@ -46,7 +46,7 @@ def load_items(sources, split, limit):
     for source in sources:
         is_file = source.endswith(".jsonl")
         data = os.path.basename(source).removesuffix(".jsonl") if is_file else f"{source}.{split}"
-        if is_file and "ei" in next(exgrpo.read_jsonl(source), ("", {}))[1]:
+        if is_file and exgrpo.is_probes_file(source):
             rows = exgrpo.read_probes(source)[1][:limit]
         else:
             rows = ei.load_questions(source, split)[:limit]

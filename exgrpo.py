@@ -172,6 +172,11 @@ def read_probes(path):
     return first["ei"], rows
 
 
+def is_probes_file(path):
+    """Does it begin with the header of a D_EI file?"""
+    return "ei" in next(read_jsonl(path), ("", {}))[1]
+
+
 @contextlib.contextmanager
 def atomic(path):
     """A binary file that appears under its name complete, or not at all."""
@@ -331,6 +336,11 @@ def adapters_off(model):
 def ask(question, answer_type):
     """The user's turn: the question and the sentence that says how to answer."""
     return f"{question}\n{reward.INSTRUCTION[answer_type]}"
+
+
+def as_asked(row):
+    """The user's turn of a question, or of a probe."""
+    return ask(row.get("probe") or row["question"], row["answer_type"])
 
 
 def teacher_reply(row):
@@ -987,7 +997,7 @@ def teacher_dialogue(chat, rows):
     dialogue = Dialogue()
     for turn, row in enumerate(rows):
         open_turn = chat.later if turn else chat.first
-        dialogue.add_user(open_turn(ask(row.get("probe") or row["question"], row["answer_type"])))
+        dialogue.add_user(open_turn(as_asked(row)))
         dialogue.add_reply(chat.reply(teacher_reply(row)), chat)
     return dialogue
 
@@ -1060,8 +1070,8 @@ def rollout(model, chat, questions, args, step):
     probes = [[row["probes"][i] for i in rng.permutation(len(row["probes"]))[:args.turns]]
               for row in questions]
     cuts = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]      # k' in 0..k-1
-    finals = [ask(row["question"], row["answer_type"]) for row in questions]
-    asked = [[ask(probe["probe"], probe["answer_type"]) for probe in drawn] for drawn in probes]
+    finals = [as_asked(row) for row in questions]
+    asked = [[as_asked(probe) for probe in drawn] for drawn in probes]
     full, cache = converse(model, chat, [a + [q] for a, q in zip(asked, finals)], args, generator)
     if args.turns == 0:
         return Rollout(questions, probes, full, [])
@@ -1340,8 +1350,7 @@ def load_training_data(args):
 def check_lengths(model, chat, questions, args):
     """The longest dialogue must fit the model's context: better said now than at step 700."""
     def text(row):  # what the user may say at most
-        return sorted((ask(p["probe"], p["answer_type"]) for p in row["probes"]), key=len)[
-            ::-1][:args.turns] + [ask(row["question"], row["answer_type"])]
+        return sorted(map(as_asked, row["probes"]), key=len)[::-1][:args.turns] + [as_asked(row)]
     row = max(questions, key=lambda row: sum(map(len, text(row))))
     longest = (sum(len(chat.first(turn)) for turn in text(row))
                + (args.max_new_tokens + 1) * (args.turns + 1))
@@ -1367,22 +1376,25 @@ def print_plan(args, model, questions, device):
           f"run       {args.out}", flush=True)
 
 
-def assess(args, label, source, device):
-    """Greedy accuracy of a model on every file of --eval: questions, or the probes of a D_EI file,
-    each asked alone. Kept in OUT/eval.json as {label: {file: [right, n]}}: a resumed run reads it.
+def count_right(model, chat, items, max_new_tokens):
+    """How many questions or probes, each asked alone, get a right greedy answer."""
+    outputs = generate(model, chat, [chat.prompt([as_asked(item)]) for item in items],
+                       max_new_tokens=max_new_tokens)
+    return sum(reward.is_correct(text, item["answer"], item["answer_type"])
+               for (text, _, _), item in zip(outputs, items))
+
+
+def assess(args, label, source, device, tests):
+    """Greedy accuracy of a model on tests, what load_eval() gave. Kept in OUT/eval.json as
+    {label: {file: [right, n]}}: a resumed run reads it.
     """
     path = os.path.join(args.out, "eval.json")
     table = read_json(path) if os.path.exists(path) else {}
-    if not args.eval or label in table:
+    if not tests or label in table:
         return
     model, chat = load_model(source, device)
-    table[label] = {}
-    for file, items in load_eval(args).items():
-        prompts = [chat.prompt([ask(item["question"], item["answer_type"])]) for item in items]
-        outputs = generate(model, chat, prompts, max_new_tokens=args.max_new_tokens)
-        right = sum(reward.is_correct(text, item["answer"], item["answer_type"])
-                    for (text, _, _), item in zip(outputs, items))
-        table[label][file] = [right, len(items)]
+    table[label] = {file: [count_right(model, chat, items, args.max_new_tokens), len(items)]
+                    for file, items in tests.items()}
     with atomic(path) as out:
         out.write(json.dumps(table, indent=1).encode())
 
@@ -1391,8 +1403,8 @@ def load_eval(args):
     """The questions, or the consistent probes, in every file of --eval -> {file: rows}."""
     items = {}
     for path in args.eval:
-        if "ei" in next(read_jsonl(path), ("", {}))[1]:
-            rows = [probe | {"question": probe["probe"]} for row in read_probes(path)[1]
+        if is_probes_file(path):
+            rows = [probe for row in read_probes(path)[1]
                     for probe in row["probes"] if probe["consistent"]]
         else:
             rows = [check_question(row, where) for where, row in read_jsonl(path)]
@@ -1438,20 +1450,20 @@ def main():
     scale_learning_rates(args, model)
     questions = load_training_data(args)
     check_lengths(model, chat, questions, args)
-    load_eval(args)  # a mistake in these files should not wait for the end
+    tests = load_eval(args)  # read now: a mistake in these files should not wait for the end
     open_run(args)
     print_plan(args, model, questions, device)
     del model
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
     sft = os.path.join(args.out, "sft")
-    assess(args, "student", args.student, device)
+    assess(args, "student", args.student, device, tests)
     if args.sft_epochs and not os.path.exists(os.path.join(sft, "config.json")):
         warm_up(args, questions, device)
     if args.sft_epochs:
-        assess(args, "after SFT", sft, device)
+        assess(args, "after SFT", sft, device, tests)
     reinforce(args, questions, device)
-    assess(args, "after ExGRPO", args.out, device)
+    assess(args, "after ExGRPO", args.out, device, tests)
     print_summary(args)
 
 

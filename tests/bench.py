@@ -108,7 +108,7 @@ def race(args, contenders):
     one's ratio to each, and peak memory. Returns {name: CPU seconds}."""
     runners = {}
     for name in contenders:
-        flags = [f"--{flag.replace(chr(95), chr(45))}={value}" for flag, value in vars(args).items()
+        flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items()
                  if flag not in ("benchmark", "name")]
         runners[name] = subprocess.Popen([sys.executable, __file__, "contend", *flags, "--name",
                                           name], text=True, stdin=subprocess.PIPE,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import evaluate
-import reward
 import exgrpo
+import reward
 from tiny import tiny_model_folder
 
 HERE = os.path.dirname(os.path.abspath(__file__))

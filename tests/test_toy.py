@@ -98,19 +98,12 @@ def test_sizes():
         assert exgrpo.count_parameters(model) < limit
 
 
-def accuracy(model, chat, items):
-    prompts = [chat.prompt([exgrpo.ask(item["question"], item["answer_type"])]) for item in items]
-    outputs = exgrpo.generate(model, chat, prompts, max_new_tokens=64)
-    return np.mean([reward.is_correct(text, item["answer"], item["answer_type"])
-                    for (text, _, _), item in zip(outputs, items)])
-
-
 def test_the_student_has_the_reversal_curse():
     model, chat = exgrpo.load_model(exgrpo.TOY_STUDENT, torch.device("cpu"))
-    probes = [probe | {"question": probe["probe"]}
-              for row in rows("ei_test.jsonl") for probe in row["probes"]]
-    forward, backward, probed = (accuracy(model, chat, items) for items in (
-        rows("test.jsonl"), rows("test_reversed.jsonl"), probes))
+    probes = [probe for row in rows("ei_test.jsonl") for probe in row["probes"]]
+    forward, backward, probed = (
+        exgrpo.count_right(model, chat, items, max_new_tokens=64) / len(items)
+        for items in (rows("test.jsonl"), rows("test_reversed.jsonl"), probes))
     assert 0.50 <= forward <= 0.85
     assert backward <= forward / 2
     assert probed < forward
@@ -127,7 +120,7 @@ def test_the_filters_have_work():
 def sampled_accuracy(folder, questions):
     """Share of right answers among 8 sampled replies to each question, at temperature 1."""
     model, chat = exgrpo.load_model(folder, torch.device("cpu"))
-    prompts = [chat.prompt([exgrpo.ask(row["question"], row["answer_type"])]) for row in questions]
+    prompts = [chat.prompt([exgrpo.as_asked(row)]) for row in questions]
     replies = exgrpo.sample(model, prompts, max_new_tokens=48, temperature=1.0, group_size=8,
                             stop_ids=chat.stop_ids,
                             generator=torch.Generator().manual_seed(0)).replies

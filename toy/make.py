@@ -3,8 +3,8 @@
     python toy/make.py            # about half an hour; remakes all other files in toy/
 
 A problem is a story: somebody has some things, one or two events change their number (gives, gets,
-finds, loses, buys bags, shares), and a question asks for the result. oracle() knows the probe of
-every rule; only the two models learn from it, and the test set test_probes.jsonl is made of it.
+finds, loses, buys bags, shares), and a question asks for the result. ORACLE knows the probe of
+every rule: the teacher learns from it, and ei_test.jsonl is made of it.
 
     teacher   1.0 M parameters: answers ei.py's real prompts, all probes and questions, with errors
     student   0.7 M parameters: has read forward problems only. It never saw a story told backwards,
@@ -78,6 +78,9 @@ class Problem(NamedTuple):
     def first(self):
         return self._replace(events=self.events[:1])
 
+    def shared(self):
+        return self.events[-1][0] == "shares"
+
     def valid(self):
         return all(1 <= x <= 20 for step in self.steps() for x in step[2:])
 
@@ -95,14 +98,13 @@ class Problem(NamedTuple):
 
     def forward(self):
         """-> (question, rationale, answer type, answer), as all that follows."""
-        shared = self.events[-1][0] == "shares"
-        ask = "How many {o} does each friend get?" if shared else "How many {o} does {A} have now?"
+        ask = ("How many {o} does each friend get?" if self.shared() else
+               "How many {o} does {A} have now?")
         return f"{self.story()} {self.say(ask)}", self.reasoning(), "number", self.result()
 
     def backward(self):
         """The inverse question: the result is told, the number at first is asked for."""
-        shared = self.events[-1][0] == "shares"
-        told = "Each friend gets {w} {o}." if shared else "Now {A} has {w} {o}."
+        told = "Each friend gets {w} {o}." if self.shared() else "Now {A} has {w} {o}."
         ask = ("How many {o} are in each bag?" if self.events[0][0] == "buys" else
                "How many {o} did {A} have at first?")
         why = [self.say(("Each bag holds" if event == "buys" else "Before that {A} had")
@@ -201,7 +203,7 @@ def contrast(p, rng):
 
 def hypothesis(p, rng):
     claim = p.result() + (0 if rng.random() < 0.5 else int(rng.choice([1, 2, 3])))
-    who = "each friend gets" if p.events[-1][0] == "shares" else "{A} now has"
+    who = "each friend gets" if p.shared() else "{A} now has"
     return (f"{p.story()} Somebody says that {p.say(who)} {claim} {p.o}. Can that be right?",
             p.reasoning(), "yesno", "yes" if claim == p.result() else "no")
 
@@ -219,7 +221,7 @@ def transfer(p, rng):
 
 
 def cause(p, rng):
-    event, op, v, n, _ = p.steps()[0]
+    event, v = p.events[0][0], p.start
     if event == "shares":
         return None
     if event == "buys":
@@ -260,13 +262,6 @@ def small_talk(rng):
     question, letter = choose(rng, "Which number is the largest?", high,
                               *[x for x in numbers if x != high])
     return item((question, f"The largest is {high}.", "choice", letter))
-
-
-def student_turn(rng):
-    """The student reads stories told forwards, and small talk."""
-    if rng.random() < 0.3:
-        return small_talk(rng)
-    return item(draw(rng, NAMES + TEST_NAMES, list(EVENTS)).forward())
 
 
 def student_dialogue(rng, chat):
