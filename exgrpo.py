@@ -1292,7 +1292,7 @@ def parse_args():
     add("--aux-weight", type=at_least(0, float), default=0.1, help="weight of the SFT loss, Eq. 8")
     add("--sft-epochs", type=at_least(0), default=3, help="warm-up, Eq. 3; 0: a cold start")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=at_least(0), default=100, help="ExGRPO steps")
+    add("--steps", type=at_least(0), default=60, help="ExGRPO steps")
     add("--questions-per-step", type=at_least(1), default=4, help="Q, questions in a step")
     add("--updates", type=at_least(1), default=1, help="updates per step on the same samples")
     add("--lr", type=at_least(0, float, above=True),
@@ -1408,7 +1408,11 @@ def load_eval(args):
                     for probe in row["probes"] if probe["consistent"]]
         else:
             rows = [check_question(row, where) for where, row in read_jsonl(path)]
-        items[os.path.basename(path).removesuffix(".jsonl")] = rows[:args.eval_limit]
+        name = os.path.basename(path).removesuffix(".jsonl")
+        if name in items:
+            raise UserError(f"--eval: two files are called {name}, and their columns would be one; "
+                            "rename one of them")
+        items[name] = rows[:args.eval_limit]
     return items
 
 

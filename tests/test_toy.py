@@ -1,4 +1,5 @@
 """The toy world: its problems are right, its tests held out, its student cursed, and it learns."""
+import json
 import os
 import re
 import sys
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import ablation
 import ei
 import exgrpo
 import reward
@@ -38,7 +40,7 @@ def test_what_the_oracle_says_is_right_and_readable(rule):
     ei.py can read the probe."""
     rng = np.random.default_rng(3)
     for _ in range(200):
-        told = make.ORACLE[rule](make.draw(rng, make.NAMES, list(make.EVENTS)), rng)
+        told = make.ORACLE[rule](make.draw(rng, make.NAMES, list(make.EVENTS)))
         if told is None:
             continue
         row = make.item(told)
@@ -61,21 +63,22 @@ def test_a_story_told_backwards_leads_back():
 
 
 def test_train_and_test_share_no_problem():
-    """Neither a pair of first numbers nor a name, and the held-out events are in no training
-    question, as toy/make.py says."""
-    train, test = rows("train.jsonl"), rows("test.jsonl")
-
-    def pair(row):
-        first, second = numbers(row["question"])[:2]
-        return (second, first) if "bags" in row["question"] else (first, second)
-
-    assert not {pair(row) for row in train} & {pair(row) for row in test}
-    everything = " ".join(row["question"] for row in train) + " ".join(
+    """Neither a pair of first numbers nor a name, and no training question joins the events of a
+    held-out family, as toy/make.py says."""
+    rng = np.random.default_rng(2)
+    train = make.problems(rng, 480, make.NAMES, test=False)
+    test = make.problems(rng, 600, make.TEST_NAMES, test=True)
+    for problems, name in ((train, "train.jsonl"), (test, "test.jsonl")):
+        assert [p.forward()[0] for p in problems] == [row["question"] for row in rows(name)]
+    train_pairs, test_pairs = ({(p.start, p.events[0][1]) for p in problems}
+                               for problems in (train, test))
+    assert not train_pairs & test_pairs
+    everything = " ".join(row["question"] for row in rows("train.jsonl")) + " ".join(
         probe["probe"] for row in rows("probes.jsonl") for probe in row["probes"])
     assert not [name for name in make.TEST_NAMES if re.search(rf"\b{name}\b", everything)]
-    held_out = [row for row in test if re.search("finds|loses", row["question"])]
-    assert len(held_out) > len(test) / 4
-    assert not [row for row in train if re.search("finds|loses", row["question"])]
+    held_out = [[tuple(event for event, _ in p.events) in make.HELD_OUT for p in problems]
+                for problems in (train, test)]
+    assert sum(held_out[0]) == 0 and sum(held_out[1]) >= 50
     assert min(len(test), len(rows("test_reversed.jsonl"))) >= 500
     assert sum(len(row["probes"]) for row in rows("ei_test.jsonl")) >= 500
 
@@ -106,15 +109,33 @@ def test_the_student_has_the_reversal_curse():
         for items in (rows("test.jsonl"), rows("test_reversed.jsonl"), probes))
     assert 0.50 <= forward <= 0.85
     assert backward <= forward / 2
-    assert probed < forward
+    assert backward < probed < forward
 
 
 def test_the_filters_have_work():
     header, rules, _, verdicts = ei.count(os.path.join(TOY, "probes.jsonl"))
     assert (header["teacher"], header["student"]) == ("toy/teacher", "toy/student")
-    assert verdicts["kept"] > 0
+    assert verdicts["kept"] >= 300
     assert sum(rules[rule, "inconsistent"] for rule in ei.RULES) > 0
     assert verdicts["too easy"] + verdicts["too hard"] > 0
+
+
+def test_the_ablation_runs_each_arm_once(tmp_path, monkeypatch, capsys):
+    """Forward only: as many examples, none of them a probe; a second call starts no run."""
+    header, kept = exgrpo.read_probes(os.path.join(TOY, "probes.jsonl"))
+    kept = [row for row in kept if row["kept"]][:3]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(line) + "\n" for line in [{"ei": header}, *kept]))
+    monkeypatch.setattr(sys, "argv", [
+        "ablation.py", "--probes", str(few), "--seeds", "1", "--out", str(tmp_path / "a"),
+        "--arms", "SFT, forward only", "SFT on EI", "--sft-epochs", "1", "--eval-limit", "4"])
+    ablation.main()
+    assert "SFT, forward only" in capsys.readouterr().out
+    _, plain = exgrpo.read_probes(tmp_path / "a" / "SFT-forward_only-0.jsonl")
+    assert [len(row["probes"]) for row in plain] == [len(row["probes"]) for row in kept]
+    assert all(probe["probe"] == row["question"] for row in plain for probe in row["probes"])
+    monkeypatch.setattr(ablation.subprocess, "run", None)
+    ablation.main()
 
 
 def sampled_accuracy(folder, questions):

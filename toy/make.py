@@ -1,6 +1,6 @@
 """The toy world: word problems, a teacher and a student, all made from a seed.
 
-    python toy/make.py            # about half an hour; remakes all other files in toy/
+    python toy/make.py            # 55 minutes; remakes all other files in toy/
 
 A problem is a story: somebody has some things, one or two events change their number (gives, gets,
 finds, loses, buys bags, shares), and a question asks for the result. ORACLE knows the probe of
@@ -11,11 +11,12 @@ every rule: the teacher learns from it, and ei_test.jsonl is made of it.
               so it has the reversal curse, which `python evaluate.py` measures
 
 Train and test share no problem. The first two numbers of a test problem are one of TEST_PAIRS, its
-names are TEST_NAMES, and it may have an event that no training question has (HELD_OUT). The student
-has read all names, events and sums, but no test pair inside a story.
+names are TEST_NAMES, and its two events may be a pair that no training question has (HELD_OUT). The
+student has read all names, events and sums, but no test pair of numbers inside a story.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -46,7 +47,9 @@ EVENTS = {  # event: (operation, sentence, why the operation is right)
     "finds": ("+", "{A} finds {n} {o}.", "{A} now also has what {A} finds"),
     "buys": ("x", "{A} buys {n} bags with {v} {o} in each.", "every bag holds as many"),
     "shares": ("/", "{A} shares all {o} equally among {n} friends.", "every friend gets as many")}
-HELD_OUT = ("finds", "loses")  # in no training question
+HELD_OUT = {("finds", "gives"), ("finds", "gets"), ("gives", "finds"), ("gives", "loses"),
+            ("buys", "finds"), ("buys", "loses")}  # events that no training question joins
+FLIP = {"gives": "gets", "gets": "gives", "finds": "loses", "loses": "finds"}
 DO = {"+": "add", "-": "subtract", "x": "multiply by", "/": "divide by"}
 UNDO = {"+": "-", "-": "+", "x": "/", "/": "x"}
 APPLY = {"+": lambda v, n: v + n, "-": lambda v, n: v - n, "x": lambda v, n: v * n,
@@ -134,100 +137,99 @@ def draw(rng, names, events, test=False, n_events=None):
 
 # ----------------------------------------------------------- the ten rules, as somebody knows them
 
-def side(p):
-    """The names that may stand beside this problem's."""
-    return [x for x in (TEST_NAMES if p.A in TEST_NAMES else NAMES) if x not in (p.A, p.B)]
+def pick(p, options):
+    """A free choice; it depends on the number at first alone, so that a small teacher learns it."""
+    return options[p.start % len(options)]
 
 
-def choose(rng, question, right, *wrong):
-    """-> (the question with the options in random order, the letter of the right one)."""
-    texts = [str(text) for text in rng.permutation([right, *wrong])]
+def choose(p, question, right, *wrong):
+    """-> (the question with its options, the letter of the right one)."""
+    texts = [right, *wrong]
+    texts = texts[p.start % 3:] + texts[:p.start % 3]
     return (question + "".join(f"\n({letter}) {text}" for letter, text in zip("ABC", texts)),
-            "ABC"[texts.index(str(right))])
+            "ABC"[texts.index(right)])
 
 
-def counterfactual(p, rng):
-    n = p.events[0][1]
-    others = [p._replace(start=start) for start in range(p.start + 1, 21)]
-    others = [other for other in others if other.valid()
-              and TEST_PAIRS[other.start, n] == TEST_PAIRS[p.start, n]]
-    return others[int(rng.integers(len(others[:3])))].forward() if others else None
+def after(name):
+    """The next name in its list."""
+    names = TEST_NAMES if name in TEST_NAMES else NAMES
+    return names[(names.index(name) + 1) % len(names)]
 
 
-def challenge(p, rng):
+def counterfactual(p):
+    event, n = p.events[-1]
+    twin = p._replace(events=(*p.events[:-1], (FLIP.get(event), n)))
+    return twin.forward() if event in FLIP and twin.valid() else None
+
+
+def challenge(p):
     event, op, _, n, _ = p.steps()[0]
-    claim = op if rng.random() < 0.5 else str(rng.choice([x for x in DO if x != op]))
+    claim = pick(p, [x for wrong in DO if wrong != op for x in (op, wrong)])
     return (f"{p.story()} Somebody objects that one must {DO[claim]} {n}. Is the objection right?",
             f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}.",
             "yesno", "yes" if claim == op else "no")
 
 
-def decomposition(p, rng):
+def decomposition(p):
     return p.first().forward() if len(p.events) > 1 else None
 
 
-def why(p, rng):
+def why(p):
     event, op, _, n, _ = p.steps()[0]
     wrong = [p.say(EVENTS[e][2]) for e in ("gives", "gets", "buys", "shares") if EVENTS[e][0] != op]
-    probe, letter = choose(rng, f"{p.first().story()} Why does one {DO[op]} {n}?",
-                           p.say(EVENTS[event][2]), *rng.choice(wrong, 2, replace=False))
+    probe, letter = choose(p, f"{p.first().story()} Why does one {DO[op]} {n}?",
+                           p.say(EVENTS[event][2]), *wrong[:2])
     return probe, f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}.", "choice", letter
 
 
-def mechanism(p, rng):
+def mechanism(p):
     event, op, v, n, _ = p.steps()[0]
     if event == "shares":
         return (f"{p.story()} " + p.say("How many {o} does {A} have when each friend has one?"),
                 p.say("{A} has {v} - {n} = {w} {o}.", v=v, n=n, w=v - n), "number", v - n)
-    j = int(rng.integers(1, n))
+    j = pick(p, range(1, n))
     ask = "are in {j} of the bags" if event == "buys" else "does {A} have after the first {j}"
     return (f"{p.first().story()} " + p.say("How many {o} %s?" % ask, j=j),
             p.say("There are {v} {op} {j} = {w} {o}.", v=v, op=op, j=j, w=APPLY[op](v, j)),
             "number", APPLY[op](v, j))
 
 
-def contrast(p, rng):
-    flip = {"gives": "gets", "gets": "gives", "finds": "loses", "loses": "finds", "buys": "buys"}
+def contrast(p):
     event, n = p.events[0]
-    if event not in flip:
-        return None
-    C = str(rng.choice(side(p)))
-    twin = p._replace(A=C, events=((flip[event], n + (event == "buys")),))
-    if not twin.valid():
+    C = after(p.B) if after(p.B) != p.A else after(p.A)
+    twin = p._replace(A=C, events=((FLIP.get(event), n),))
+    if event not in FLIP or not twin.valid():
         return None
     more, less = (p.A, C) if p.first().result() > twin.result() else (C, p.A)
-    probe, letter = choose(rng, f"{p.first().story()} {twin.story()} "
+    probe, letter = choose(p, f"{p.first().story()} {twin.story()} "
                            + p.say("Who has more {o} now?"), more, less, "both the same")
     return probe, f"{p.first().reasoning()} {twin.reasoning()}", "choice", letter
 
 
-def hypothesis(p, rng):
-    claim = p.result() + (0 if rng.random() < 0.5 else int(rng.choice([1, 2, 3])))
+def hypothesis(p):
+    claim = p.result() + pick(p, (0, 1, 0, 2, 0, 3))
     who = "each friend gets" if p.shared() else "{A} now has"
     return (f"{p.story()} Somebody says that {p.say(who)} {claim} {p.o}. Can that be right?",
             p.reasoning(), "yesno", "yes" if claim == p.result() else "no")
 
 
-def reversal(p, rng):
+def reversal(p):
     return p.backward()
 
 
-def transfer(p, rng):
-    test = bool(TEST_PAIRS[p.start, p.events[0][1]])
-    while True:
-        other = draw(rng, side(p), [event for event, _ in p.events], test, len(p.events))
-        if other.o != p.o:
-            return other.forward()
+def transfer(p):
+    things = THINGS[(THINGS.index(p.o) + 1) % len(THINGS)]
+    return p._replace(A=after(p.A), B=after(p.B), o=things).forward()
 
 
-def cause(p, rng):
+def cause(p):
     event, v = p.events[0][0], p.start
     if event == "shares":
         return None
     if event == "buys":
         return (f"{p.first().story()} " + p.say("How many {o} does one more bag add?"),
                 p.say("Each bag holds {v} {o}.", v=v), "number", v)
-    k = int(rng.integers(2, 7))
+    k = pick(p, range(2, 7))
     return (f"{p.first().story()} " + p.say("How many more {o} does {A} have now with {k} more {o} "
                                             "at first?", k=k),
             p.say("Every one more at first is one more now."), "number", k)
@@ -258,16 +260,35 @@ def small_talk(rng):
         return item((f"Is {v} more than {n}?", f"Compare {v} and {n}.", "yesno",
                      "yes" if v > n else "no"))
     numbers = [int(x) for x in rng.choice(20, 3, replace=False) + 1]
-    high = max(numbers)
-    question, letter = choose(rng, "Which number is the largest?", high,
-                              *[x for x in numbers if x != high])
-    return item((question, f"The largest is {high}.", "choice", letter))
+    letter = "ABC"[int(np.argmax(numbers))]
+    return item(("Which number is the largest?\n" + options(numbers),
+                 f"The largest is {max(numbers)}.", "choice", letter))
 
 
-def student_dialogue(rng, chat):
-    """Stories told forwards, and small talk."""
-    turns = [small_talk(rng) if rng.random() < 0.3 else
-             item(draw(rng, NAMES + TEST_NAMES, list(EVENTS)).forward())
+def options(texts):
+    return "\n".join(f"({letter}) {text}" for letter, text in zip("ABC", texts))
+
+
+def story_talk(rng, one_step):
+    """A story told forwards; its question wants a number, or yes or no, or an option."""
+    problem = draw(rng, NAMES + TEST_NAMES, list(EVENTS), n_events=1 + (rng.random() > one_step))
+    question, rationale, _, result = problem.forward()
+    kind, numbers = rng.random(), [result, *rng.permutation([x for x in range(1, 21)
+                                                             if x != result])[:2]]
+    if kind < 0.7:
+        return item((question, rationale, "number", result))
+    if kind < 0.85:
+        said = numbers[int(rng.integers(2))]
+        return item((f"{question} Is it {said}?", rationale, "yesno",
+                     "yes" if said == result else "no"))
+    numbers = [int(x) for x in rng.permutation(numbers)]
+    return item((f"{question}\n{options(numbers)}", rationale, "choice",
+                 "ABC"[numbers.index(result)]))
+
+
+def student_dialogue(rng, chat, one_step=0.6):
+    """Stories told forwards, most of them with one event, and small talk."""
+    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, one_step)
              for _ in range(rng.integers(1, 7))]
     return exgrpo.teacher_dialogue(chat, turns)
 
@@ -277,7 +298,7 @@ def teacher_talk(rng, chat):
     turns = []
     for _ in range(rng.integers(1, 4)):
         problem = draw(rng, NAMES, list(EVENTS))
-        told = [ORACLE[str(rng.choice(list(ORACLE)))](problem, rng), problem.forward()]
+        told = [ORACLE[str(rng.choice(list(ORACLE)))](problem), problem.forward()]
         turns += [item(one) for one in told if one]
         turns += [small_talk(rng)] * (rng.random() < 0.5)
     return exgrpo.teacher_dialogue(chat, turns)
@@ -290,7 +311,7 @@ def teacher_dialogue(rng, chat):
     rule, dialogue = str(rng.choice(list(ORACLE))), exgrpo.Dialogue()
     for turn in range(8):
         problem = draw(rng, NAMES, list(EVENTS))
-        prompt, told = ei.make_prompt(rule, item(problem.forward())), ORACLE[rule](problem, rng)
+        prompt, told = ei.make_prompt(rule, item(problem.forward())), ORACLE[rule](problem)
         reply = ei.REPLY.format(ei.Example(*told[:3], str(told[3]))) if told else "DECLINE"
         if turn == 0:  # the example's reply is no lesson
             dialogue.add_user(chat.prompt(prompt))
@@ -319,10 +340,11 @@ def all_texts():
             yield from ei.make_prompt(rule, item(("x", "x", answer_type, "1")))
     for _ in range(2000):
         problem = draw(rng, NAMES + TEST_NAMES, list(EVENTS))
-        for told in [rule(problem, rng) for rule in ORACLE.values()]:
+        for told in [rule(problem) for rule in ORACLE.values()]:
             for text in item(told).values() if told else ():
                 yield f"{text} {text}"
         yield from small_talk(rng).values()
+        yield from story_talk(rng, 0.5).values()
 
 
 def make_tokenizer(texts):
@@ -349,20 +371,25 @@ def make_model(tokenizer, width, layers, seed):
         pad_token_id=tokenizer.pad_token_id))
 
 
-def pretrain(model, chat, dialogue, steps, batch, lr, seed, bf16=False):
-    """AdamW on `batch` fresh dialogues a step; the learning rate falls to zero along a cosine."""
-    args = argparse.Namespace(micro_batch_tokens=8192, bf16=bf16)
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 100, 0.5 + 0.5 * np.cos(np.pi * step / steps)))
-    with tqdm(range(steps)) as bar:
+def pretrain(model, chat, dialogue, steps, batch, muon):
+    """`batch` fresh dialogues a step. Muon needs a third of AdamW's steps, but AdamW, which exgrpo.py
+    uses, then makes such a model forget: for the teacher alone."""
+    args = argparse.Namespace(micro_batch_tokens=8192, bf16=True)
+    rng = np.random.default_rng(1)
+    matrices = [w for w in model.model.layers.parameters() if w.ndim == 2] if muon else []
+    others = [w for w in model.parameters() if not any(w is matrix for matrix in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01)]
+    if muon:
+        optimizers.append(torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(  # up, level, down
+        (step + 1) / 50, 1.0, 2.02 - 2 * step / steps)) for optimizer in optimizers]
+    with tqdm(range(steps), desc=dialogue.__name__) as bar:
         for step in bar:
             loss = exgrpo.sft_backward(model, [dialogue(rng, chat) for _ in range(batch)], args)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+            for mover in optimizers + schedules:
+                mover.step()
+            model.zero_grad()
             bar.set_postfix(loss=f"{loss:.3f}")
 
 
@@ -373,12 +400,13 @@ def write(name, rows):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def problems(rng, n, names, events, test):
+def problems(rng, n, names, test):
     """n problems, no two with the same question."""
     found = {}
     while len(found) < n:
-        problem = draw(rng, names, events, test)
-        found[problem.forward()[0]] = problem
+        problem = draw(rng, names, list(EVENTS), test)
+        if test or tuple(event for event, _ in problem.events) not in HELD_OUT:
+            found[problem.forward()[0]] = problem
     return list(found.values())
 
 
@@ -388,9 +416,8 @@ def questions(name, told):
 
 def write_data():
     rng = np.random.default_rng(2)
-    events = [event for event in EVENTS if event not in HELD_OUT]
-    train = problems(rng, 480, NAMES, events, test=False)
-    test = problems(rng, 600, TEST_NAMES, list(EVENTS), test=True)
+    train = problems(rng, 480, NAMES, test=False)
+    test = problems(rng, 600, TEST_NAMES, test=True)
     write("train.jsonl", questions("train", [problem.forward() for problem in train]))
     write("test.jsonl", questions("test", [problem.forward() for problem in test]))
     write("test_reversed.jsonl", questions("reversed", [problem.backward() for problem in test]))
@@ -398,7 +425,7 @@ def write_data():
     for row, problem in zip(rows, test):
         row |= {"kept": True, "probes": [], "declined": []}
         for rule, tell in ORACLE.items():
-            told = tell(problem, rng)
+            told = tell(problem)
             if told is None:
                 row["declined"].append(rule)
                 continue
@@ -408,25 +435,28 @@ def write_data():
     write("ei_test.jsonl", [{"ei": {"teacher": "toy/make.py"}}, *rows])
 
 
-def write_models():
+LESSONS = {  # model: (its width, [(dialogues, steps, dialogues a step, by Muon?), ...])
+    "student": (128, [(student_dialogue, 1800, 8, False)]),
+    "teacher": (160, [(teacher_talk, 1200, 8, True), (teacher_dialogue, 2000, 4, True)])}
+
+
+def write_model(name):
+    torch.set_num_threads(1)  # tiny matrices gain nothing from a second one
+    width, lessons = LESSONS[name]
     tokenizer = make_tokenizer(all_texts())
-    for name, width, lessons in (
-            ("student", 128, [(student_dialogue, 1800, 8, 2e-3, 1)]),
-            ("teacher", 160, [(teacher_talk, 2000, 8, 2e-3, 1),
-                              (teacher_dialogue, 900, 4, 1e-3, 2)])):
-        model = make_model(tokenizer, width, layers=3, seed=0)
-        chat = exgrpo.Chat(tokenizer, model)
-        print(f"{name}: {exgrpo.count_parameters(model):,} parameters")
-        for lesson in lessons:
-            pretrain(model, chat, *lesson, bf16=name == "teacher")
-        os.makedirs(os.path.join(TOY, name), exist_ok=True)
-        exgrpo.save_model(model, chat, os.path.join(TOY, name))
+    model = make_model(tokenizer, width, layers=3, seed=0)
+    chat = exgrpo.Chat(tokenizer, model)
+    print(f"{name}: {exgrpo.count_parameters(model):,} parameters")
+    for lesson in lessons:
+        pretrain(model, chat, *lesson)
+    os.makedirs(os.path.join(TOY, name), exist_ok=True)
+    exgrpo.save_model(model, chat, os.path.join(TOY, name))
 
 
 def main():
-    torch.set_num_threads(1)  # tiny matrices gain nothing from a second one
     write_data()
-    write_models()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:  # side by side, a core each
+        pool.map(write_model, LESSONS, chunksize=1)
     out = os.path.join(TOY, "probes.jsonl")
     if os.path.exists(out):
         os.remove(out)
