@@ -799,7 +799,10 @@ def main():
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
     print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}")
     if n_kept:
-        print(f"next: python exgrpo.py --student {args.student or 'STUDENT'} --probes {args.out}")
+        student = args.student or "STUDENT"
+        if os.path.isdir(student):
+            student = os.path.relpath(student)
+        print(f"next: python exgrpo.py --student {student} --probes {args.out}")
     else:
         print("No question was kept, so there is nothing to train on: try a stronger teacher")
 
