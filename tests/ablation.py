@@ -71,13 +71,17 @@ def main():
                 for seed in range(args.seeds) for name in args.arms}
         found = {job: future.result() for job, future in jobs.items()}
     stages = [("student", [table[0] for table in found.values()])]
-    stages += [(name, [found[name, seed][-1] for seed in range(args.seeds)]) for name in args.arms]
+    for name in args.arms:
+        tables = [found[name, seed] for seed in range(args.seeds)]
+        if any(table[-1] != table[-2] for table in tables):
+            stages.append((name + ": its SFT", [table[-2] for table in tables]))
+        stages.append((name, [table[-1] for table in tables]))
     files = list(stages[0][1][0])
-    print(f"% right, mean of {args.seeds} seeds (lowest - highest)\n{'':32}"
+    print(f"% right, mean of {args.seeds} seeds (lowest - highest)\n{'':42}"
           + "".join(f"{file:>22}" for file in files))
     for name, tables in stages:
         shares = [[100 * table[file][0] / table[file][1] for table in tables] for file in files]
-        print(f"{name:32}" + "".join(
+        print(f"{name:42}" + "".join(
             f"{f'{statistics.mean(x):.1f} ({min(x):.1f} - {max(x):.1f})':>22}" for x in shares))
 
 
