@@ -142,12 +142,15 @@ def pick(p, options):
     return options[p.start % len(options)]
 
 
+def options(texts):
+    return "\n".join(f"({letter}) {text}" for letter, text in zip("ABC", texts))
+
+
 def choose(p, question, right, *wrong):
     """-> (the question with its options, the letter of the right one)."""
     texts = [right, *wrong]
     texts = texts[p.start % 3:] + texts[:p.start % 3]
-    return (question + "".join(f"\n({letter}) {text}" for letter, text in zip("ABC", texts)),
-            "ABC"[texts.index(right)])
+    return f"{question}\n{options(texts)}", "ABC"[texts.index(right)]
 
 
 def after(name):
@@ -265,10 +268,6 @@ def small_talk(rng):
                  f"The largest is {max(numbers)}.", "choice", letter))
 
 
-def options(texts):
-    return "\n".join(f"({letter}) {text}" for letter, text in zip("ABC", texts))
-
-
 def story_talk(rng, one_step):
     """A story told forwards; its question wants a number, or yes or no, or an option."""
     problem = draw(rng, NAMES + TEST_NAMES, list(EVENTS), n_events=1 + (rng.random() > one_step))
@@ -286,9 +285,9 @@ def story_talk(rng, one_step):
                  "ABC"[numbers.index(result)]))
 
 
-def student_dialogue(rng, chat, one_step=0.6):
-    """Stories told forwards, most of them with one event, and small talk."""
-    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, one_step)
+def student_dialogue(rng, chat):
+    """Stories told forwards and small talk."""
+    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, 0.6)
              for _ in range(rng.integers(1, 7))]
     return exgrpo.teacher_dialogue(chat, turns)
 
