@@ -799,9 +799,7 @@ def main():
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
     print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}")
     if n_kept:
-        student = args.student or "STUDENT"
-        if os.path.isdir(student):
-            student = os.path.relpath(student)
+        student = exgrpo.shown(args.student or "STUDENT")
         print(f"next: python exgrpo.py --student {student} --probes {args.out}")
     else:
         print("No question was kept, so there is nothing to train on: try a stronger teacher")

@@ -1426,6 +1426,11 @@ def print_table(args):
     print(f"{'n':23}" + "".join(f"{results[name][1]:>22}" for name in names))
 
 
+def shown(name):
+    """A model's name as a command may have it: a local folder by its relative path."""
+    return os.path.relpath(name) if os.path.isdir(name) else name
+
+
 def print_summary(args):
     """First and last steps side by side, accuracy before and after, and what to do next."""
     with open(os.path.join(args.out, "metrics.csv"), newline="") as file:
@@ -1439,9 +1444,8 @@ def print_summary(args):
             print(f"{name:20}{first:9.3g} {last:9.3g}")
     if args.eval:
         print_table(args)
-    show = os.path.relpath
-    data = " ".join(map(show, args.eval)) if args.eval else "QUESTIONS.jsonl"
-    student = show(args.student) if os.path.isdir(args.student) else args.student
+    data = " ".join(map(os.path.relpath, args.eval)) if args.eval else "QUESTIONS.jsonl"
+    student = shown(args.student)
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
           f"next: python evaluate.py --model {args.out} --baseline {student} --data {data}\n"
           f"      python evaluate.py --curves {args.out}")

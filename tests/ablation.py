@@ -7,7 +7,6 @@ Other flags are handed to every run of exgrpo.py.
 """
 import argparse
 import concurrent.futures
-import json
 import os
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
+import ei  # noqa: E402
 import exgrpo  # noqa: E402
 
 
@@ -38,23 +38,21 @@ ARMS = {  # name: (what becomes of a line of D_EI, flags of exgrpo.py)
 
 
 def run(args, name, seed):
-    """One arm with one seed -> its accuracies after the last stage {file: [right, n]}."""
+    """One arm with one seed -> its accuracies after every stage, [{file: [right, n]}, ...]."""
     change, flags = ARMS[name]
     folder = os.path.join(args.out, f"{name.replace(', ', '-').replace(' ', '_')}-{seed}")
-    probes, table = folder + ".jsonl", os.path.join(folder, "eval.json")
+    probes = folder + ".jsonl"
     if not os.path.exists(os.path.join(folder, "config.json")):  # the final model
         header, rows = exgrpo.read_probes(args.probes)
         with exgrpo.atomic(probes) as file:
-            for line in [{"ei": header}, *map(change, rows)]:
-                file.write(json.dumps(line).encode() + b"\n")
+            file.writelines(map(ei.dump, [{"ei": header}, *map(change, rows)]))
         resume = ["--resume"] if os.path.exists(folder) else []
         with open(folder + ".log", "a") as log:
             subprocess.run([sys.executable, os.path.join(ROOT, "exgrpo.py"), *args.others, *flags,
                             "--probes", probes, "--seed", str(seed), "--out", folder, *resume],
                            check=True, stdout=log, stderr=log, cwd=ROOT,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-    with open(table, encoding="utf-8") as file:
-        return list(json.load(file).values())
+    return list(exgrpo.read_json(os.path.join(folder, "eval.json")).values())
 
 
 def main():

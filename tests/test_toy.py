@@ -1,5 +1,4 @@
 """The toy world: its problems are right, its tests held out, its student cursed, and it learns."""
-import json
 import os
 import re
 import sys
@@ -125,7 +124,7 @@ def test_the_ablation_runs_each_arm_once(tmp_path, monkeypatch, capsys):
     header, kept = exgrpo.read_probes(os.path.join(TOY, "probes.jsonl"))
     kept = [row for row in kept if row["kept"]][:3]
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(json.dumps(line) + "\n" for line in [{"ei": header}, *kept]))
+    few.write_bytes(b"".join(map(ei.dump, [{"ei": header}, *kept])))
     monkeypatch.setattr(sys, "argv", [
         "ablation.py", "--probes", str(few), "--seeds", "1", "--out", str(tmp_path / "a"),
         "--arms", "SFT, forward only", "SFT on EI", "--sft-epochs", "1", "--eval-limit", "4"])

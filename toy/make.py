@@ -153,10 +153,10 @@ def choose(p, question, right, *wrong):
     return f"{question}\n{options(texts)}", "ABC"[texts.index(right)]
 
 
-def after(name):
-    """The next name in its list."""
-    names = TEST_NAMES if name in TEST_NAMES else NAMES
-    return names[(names.index(name) + 1) % len(names)]
+def after(word):
+    """The next name, or the next thing, in its list."""
+    words = next(words for words in (NAMES, TEST_NAMES, THINGS) if word in words)
+    return words[(words.index(word) + 1) % len(words)]
 
 
 def counterfactual(p):
@@ -221,8 +221,7 @@ def reversal(p):
 
 
 def transfer(p):
-    things = THINGS[(THINGS.index(p.o) + 1) % len(THINGS)]
-    return p._replace(A=after(p.A), B=after(p.B), o=things).forward()
+    return p._replace(A=after(p.A), B=after(p.B), o=after(p.o)).forward()
 
 
 def cause(p):
