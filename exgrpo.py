@@ -467,7 +467,7 @@ class KVCache:
 
     def __init__(self, n_rows, device):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
-        self.layers = []             # [keys, values] of each layer, (B, S, H, D)
+        self.layers = []             # [keys, values] of each layer, (B, H, S, D)
         self.parts = {}              # the same of the active rows only, where some have finished
         self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
@@ -480,9 +480,10 @@ class KVCache:
 
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
-        new = [x.transpose(1, 2) for x in (keys.to(values.dtype), values)]          # (b, T, H, D)
+        new = keys.to(values.dtype), values
         if layer_idx == len(self.layers):
-            self.layers.append([x.new_empty(len(self.lengths), 0, *x.shape[2:]) for x in new])
+            self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
+                                for x in new])
         stores = self.layers[layer_idx] = [
             _write(store, self.active, self.positions, x, self.n_slots)
             for store, x in zip(self.layers[layer_idx], new)]
@@ -493,7 +494,7 @@ class KVCache:
                 store[self.active] for store in stores] if parts is None else [
                 _write(part, everyone, self.positions, x, self.n_slots)
                 for part, x in zip(parts, new)]
-        return [store[:, :self.n_slots].transpose(1, 2) for store in stores]
+        return [store[:, :, :self.n_slots] for store in stores]
 
     def repeat(self, group_size):
         """Each row becomes group_size equal rows: the prompt of a group is read once."""
@@ -504,12 +505,14 @@ class KVCache:
 
 
 def _write(store, rows, positions, new, n_slots):
-    """Puts new (b, T, H, D) at positions (b, T) of these rows of store (B, S, H, D), or of its
+    """Puts new (b, H, T, D) at positions (b, T) of these rows of store (B, H, S, D), or of its
     larger successor, which is returned."""
-    if store.shape[1] < n_slots:  # by a quarter, to a multiple of 128: seldom copied
-        store = F.pad(store, (0, 0, 0, 0, 0, -(-n_slots * 5 // 512) * 128 - store.shape[1]))
-    places = (rows[:, None] * store.shape[1] + positions).flatten()
-    store.flatten(0, 1).index_copy_(0, places, new.flatten(0, 1))
+    if store.shape[2] < n_slots:  # by a quarter, to a multiple of 128: seldom copied
+        store = F.pad(store, (0, 0, 0, -(-n_slots * 5 // 512) * 128 - store.shape[2]))
+    H, S = store.shape[1:3]
+    heads = torch.arange(H, device=rows.device)[:, None]
+    places = (rows[:, None, None] * H + heads) * S + positions[:, None]             # (b, H, T)
+    store.flatten(0, 2).index_copy_(0, places.flatten(), new.flatten(0, 2))
     return store
 
 
@@ -568,7 +571,8 @@ def draw(logits, temperature, u):
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(u)
     probs = (logits if temperature == 1 else logits / temperature).softmax(-1)      # (B, V)
-    blocks = F.pad(probs, (0, -probs.shape[1] % 128)).unflatten(1, (-1, 128))       # (B, n, 128)
+    tail = -probs.shape[1] % 128
+    blocks = (F.pad(probs, (0, tail)) if tail else probs).unflatten(1, (-1, 128))   # (B, n, 128)
     sums = blocks.sum(-1, dtype=u.dtype)                                            # (B, n)
     block, left = _invert(sums, u * sums.sum(-1))
     rows = torch.arange(len(u), device=u.device)

@@ -330,7 +330,7 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 def all_texts():
     """Enough of what is said in this world to hold every word of it, with and without a space."""
     rng = np.random.default_rng(0)
-    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + " DECLINE declined"
+    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + "\nDECLINE DECLINE declined"
     for sentence in reward.INSTRUCTION.values():
         yield f" The answer is x. {sentence}\n{sentence}"
     for rule in ei.RULES:
