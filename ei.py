@@ -560,26 +560,37 @@ def count(path):
     return header, rules, reasons, verdicts
 
 
+def share(k, n):
+    """k of n in whole per cent with the 95 % interval, as text."""
+    low, high = reward.wilson(k, n)
+    return f"{100 * k / n:.0f} ({100 * low:.0f}-{100 * high:.0f})" if n else "-"
+
+
 def report(path):
     """Prints what each filter did, from the file alone; returns the number of questions kept."""
     header, rules, reasons, verdicts = count(path)
-    names = [rule for rule in RULES if rules[rule, "asked"]]
+    names = [rule for rule in RULES if rules[rule, "asked"]] + ["all"]
     for column in (*COLUMNS, "right"):
         rules["all", column] = sum(rules[rule, column] for rule in names)
-    print(f"\n{'probes':25}" + "".join(f"{c:>{len(c) + 2}}" for c in COLUMNS)
-          + f"{'% kept (95 % interval)':>24}{'% student right':>21}")
-    for rule in (*names, "all"):
-        asked, kept, right = (rules[rule, column] for column in ("asked", "kept", "right"))
+    width = 14
+    print(f"\n{'probes':25}" + "".join(f"{column:>{width}}" for column in COLUMNS))
+    for rule in names:
         print(f"{f'{rule} {RULES[rule].name}' if rule in RULES else rule:25}"
-              + "".join(f"{rules[rule, c]:{len(c) + 2},}" for c in COLUMNS)
-              + f"{reward.share(kept, asked):>24}"
-              + f"{reward.share(right, kept) if header.get('student') else '-':>21}")
+              + "".join(f"{rules[rule, column]:{width},}" for column in COLUMNS))
+    print(f"\n{'% of the asked (95 %)':25}"
+          + "".join(f"{column:>{width}}" for column in (*COLUMNS[1:], "student right")))
+    for rule in names:
+        of_kept = share(rules[rule, "right"], rules[rule, "kept"]) if header.get("student") else "-"
+        print(f"{rule:25}"
+              + "".join(f"{share(rules[rule, c], rules[rule, 'asked']):>{width}}"
+                        for c in COLUMNS[1:]) + f"{of_kept:>{width}}")
+    print(f"{'':25}{'(of the kept)':>{width * len(COLUMNS)}}\n")
     for reason, n in reasons.most_common():
         print(f"{n:9,}  {reason}")
     n = verdicts.total()
-    print(f"\n{'questions':25}{n:7,}{'% (95 % interval)':>24}")
+    print(f"\n{'questions':25}{'':>{width}}{'% (95 %)':>{width}}")
     for name in VERDICTS:
-        print(f"{name:25}{verdicts[name]:7,}{reward.share(verdicts[name], n):>24}")
+        print(f"{name:25}{verdicts[name]:{width},}{share(verdicts[name], n):>{width}}")
     if not header.get("student"):
         print("Eq. 2 was skipped, because there was no --student")
     return verdicts["kept"]

@@ -1,16 +1,23 @@
 """The toy, one idea at a time: arms x seeds, each a run of exgrpo.py, and a table of their means.
 
     python tests/ablation.py --seeds 5 --jobs 2 --out runs/ablation
+    python tests/ablation.py --arms "SFT, forward only" "ExGRPO"       # some arms only
 
-A finished run is not repeated: the same command goes on after an interruption, and adds seeds.
-Other flags are handed to every run of exgrpo.py.
+Below the means stand each arm's differences from --against, paired by seed: mean, 95 % interval and
+p of the t-test. Seeds vary the order, the draws and the samples; all start from one student.
+
+Arms that begin after SFT on EI share one warm-up a seed. A finished run is not repeated: the same
+command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
 """
 import argparse
 import concurrent.futures
+import math
 import os
 import statistics
 import subprocess
 import sys
+
+import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -19,69 +26,171 @@ import ei  # noqa: E402
 import exgrpo  # noqa: E402
 
 
-def forward_only(row):
+# --------------------------------------------------------------- what becomes of the lines of D_EI
+
+def as_it_is(rows, rng):
+    return rows
+
+
+def forward_only(rows, rng):
     """Every probe replaced by its question: as many examples, all of them (Q -> R_T, A)."""
-    copy = {key: row[key] for key in ("answer", "answer_type", "rationale")}
-    return row | {"probes": [probe | copy | {"probe": row["question"]} for probe in row["probes"]]}
+    def copies(row):
+        copy = {key: row[key] for key in ("answer", "answer_type", "rationale")}
+        return [probe | copy | {"probe": row["question"]} for probe in row["probes"]]
+    return [row | {"probes": copies(row)} for row in rows]
 
 
-def as_it_is(row):
-    return row
+def part(share):
+    """This share of the kept questions, drawn at random."""
+    def change(rows, rng):
+        kept = [row for row in rows if row["kept"]]
+        return [kept[i] for i in rng.permutation(len(kept))[:round(share * len(kept))]]
+    return change
 
 
-ARMS = {  # name: (what becomes of a line of D_EI, flags of exgrpo.py)
+def one_rule(rule):
+    def change(rows, rng):
+        return [row | {"probes": [p for p in row["probes"] if p["rule"] == rule]} for row in rows]
+    return change
+
+
+def unfiltered(rows, rng):
+    """As many questions and probes as the filters kept, drawn from all that could be read."""
+    kept = [row for row in rows if row["kept"]]
+    n_probes = sum(p["consistent"] for row in kept for p in row["probes"])
+    able = [row for row in rows if row["probes"]]
+    able = [able[i] for i in rng.permutation(len(able))[:len(kept)]]
+    pool = [(row["id"], probe["rule"]) for row in able for probe in row["probes"]]
+    taken = {pool[i] for i in rng.permutation(len(pool))[:n_probes]}
+    return [row | {"kept": True, "probes": [
+        probe | {"consistent": True} for probe in row["probes"]
+        if (row["id"], probe["rule"]) in taken]} for row in able]
+
+
+WARM = "SFT on EI"  # where arms with None in place of their data begin
+ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "SFT, forward only": (forward_only, ["--steps", "0"]),
-    "SFT on EI": (as_it_is, ["--steps", "0"]),
-    "SFT on EI, plain GRPO": (as_it_is, ["--turns", "0", "--aux-weight", "0"]),
-    "SFT on EI, ExGRPO without bonus": (as_it_is, ["--delta", "0"]),
-    "SFT on EI, ExGRPO": (as_it_is, [])}
+    WARM: (as_it_is, ["--steps", "0"]),
+    "plain GRPO": (None, ["--turns", "0", "--aux-weight", "0"]),
+    "plain GRPO, as many samples": (
+        None, ["--turns", "0", "--aux-weight", "0", "--questions-per-step", "28"]),
+    "ExGRPO": (None, []),
+    "no bonus": (None, ["--delta", "0"]),
+    "bonus separate": (None, ["--advantage", "separate"]),
+    "bonus pooled": (None, ["--advantage", "pooled"]),
+    "delta 0.25": (None, ["--delta", "0.25"]),
+    "delta 1": (None, ["--delta", "1"]),
+    "nu 1.2": (None, ["--nu", "1.2"]),
+    "independent": (None, ["--partial", "independent"]),
+    "no auxiliary loss": (None, ["--aux-weight", "0"]),
+    "cold start": (as_it_is, ["--sft-epochs", "0", "--aux-weight", "0"]),
+    "cold start, auxiliary loss": (as_it_is, ["--sft-epochs", "0"]),
+    "unfiltered probes": (unfiltered, []),
+    "10 % of the data": (part(0.10), []),
+    "25 % of the data": (part(0.25), []),
+    "50 % of the data": (part(0.50), []),
+    **{f"{rule} alone": (one_rule(rule), ["--turns", "1"]) for rule in ei.RULES}}
+
+
+# ---------------------------------------------------------------------------------------- the runs
+
+def folder_of(args, name, seed):
+    return os.path.join(args.out, f"{name.replace(', ', '-').replace(' ', '_')}-{seed}")
 
 
 def run(args, name, seed):
-    """One arm with one seed -> its accuracies after every stage, [{file: [right, n]}, ...]."""
-    change, flags = ARMS[name]
-    folder = os.path.join(args.out, f"{name.replace(', ', '-').replace(' ', '_')}-{seed}")
+    """One arm with one seed -> {file: % right} at its end."""
+    (change, flags), folder = ARMS[name], folder_of(args, name, seed)
     probes = folder + ".jsonl"
     if not os.path.exists(os.path.join(folder, "config.json")):  # the final model
         header, rows = exgrpo.read_probes(args.probes)
         with exgrpo.atomic(probes) as file:
-            file.writelines(map(ei.dump, [{"ei": header}, *map(change, rows)]))
+            rows = (change or as_it_is)(rows, np.random.default_rng(seed))
+            file.writelines(map(ei.dump, [{"ei": header}, *rows]))
+        start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
         resume = ["--resume"] if os.path.exists(folder) else []
         with open(folder + ".log", "a") as log:
-            subprocess.run([sys.executable, os.path.join(ROOT, "exgrpo.py"), *args.others, *flags,
-                            "--probes", probes, "--seed", str(seed), "--out", folder, *resume],
-                           check=True, stdout=log, stderr=log, cwd=ROOT,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return list(exgrpo.read_json(os.path.join(folder, "eval.json")).values())
+            code = subprocess.run(
+                [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--eval", *exgrpo.TOY_TESTS,
+                 *args.others, *flags, *start, "--probes", probes, "--seed", str(seed),
+                 "--out", folder, *resume],
+                stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            ).returncode
+        if code:
+            raise exgrpo.UserError(f"the run {folder} ended with code {code}; its words are in "
+                                   f"{folder}.log")
+    table = list(exgrpo.read_json(os.path.join(folder, "eval.json")).values())[-1]
+    return {file: 100 * right / n for file, (right, n) in table.items()}
+
+
+def run_all(args):
+    """-> {arm: [{file: % right} of each seed]}; warm-ups before the arms that begin from them."""
+    arms = [name for name in ARMS if name in args.arms
+            or name == WARM and any(ARMS[arm][0] is None for arm in args.arms)]
+    found = {}
+    for wave in ([arm for arm in arms if ARMS[arm][0]], [arm for arm in arms if not ARMS[arm][0]]):
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            jobs = {(arm, seed): pool.submit(run, args, arm, seed)
+                    for seed in range(args.seeds) for arm in wave}
+        found |= {job: future.result() for job, future in jobs.items()}
+    return {arm: [found[arm, seed] for seed in range(args.seeds)] for arm in arms}
+
+
+# --------------------------------------------------------------------------------------- the table
+
+def two_sided(t, df):
+    """P(|T| > t) for Student's t, by the trapezoid rule on its density."""
+    x = np.linspace(0, t, 20001)
+    scale = math.gamma((df + 1) / 2) / (math.gamma(df / 2) * math.sqrt(df * math.pi))
+    return max(0.0, 1 - 2 * scale * float(np.trapezoid((1 + x * x / df) ** (-(df + 1) / 2), x)))
+
+
+def paired(differences):
+    """Mean, half of its 95 % interval, p of the paired t-test; n >= 2 differences."""
+    n, mean = len(differences), statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    low, high = 0.0, 1000.0
+    while high - low > 1e-6:  # t at which the two tails hold 5 %
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, n - 1) > 0.05 else (low, middle)
+    p = two_sided(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return mean, low * error, p
+
+
+def print_tables(args, found):
+    files = list(next(iter(found.values()))[0])
+    print(f"% right, mean of {args.seeds} seeds (lowest - highest)\n{'':28}"
+          + "".join(f"{file:>26}" for file in files))
+    for arm, tables in found.items():
+        columns = [[table[file] for table in tables] for file in files]
+        print(f"{arm:28}" + "".join(
+            f"{f'{statistics.mean(x):.1f} ({min(x):.1f} - {max(x):.1f})':>26}" for x in columns))
+    if args.against not in found or args.seeds < 2:
+        return
+    print(f"\ndifference from {args.against}, paired by seed: mean +- 95 %, p of the t-test")
+    for arm, tables in found.items():
+        if arm != args.against:
+            pairs = list(zip(tables, found[args.against]))
+            cells = [paired([a[file] - b[file] for a, b in pairs]) for file in files]
+            print(f"{arm:28}" + "".join(
+                f"{f'{mean:+.1f} +- {half:.1f}, {p:.3f}':>26}" for mean, half, p in cells))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default="runs/ablation")
-    parser.add_argument("--probes", default=os.path.join(ROOT, "toy", "probes.jsonl"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser = exgrpo.Parser(__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default="runs/ablation", help="folder of all runs")
+    parser.add_argument("--probes", default=os.path.join(ROOT, "toy", "probes.jsonl"), help="D_EI")
+    parser.add_argument("--seeds", type=exgrpo.at_least(1), default=5, help="runs of each arm")
+    parser.add_argument("--jobs", type=exgrpo.at_least(1), default=2, help="runs side by side")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="ARM",
+                        help=f"one or more of: {'; '.join(ARMS)}; all".replace("%", "%%"))
+    parser.add_argument("--against", choices=ARMS, default="ExGRPO", metavar="ARM",
+                        help="the arm that the others are compared with")
     args, args.others = parser.parse_known_args()
+    args.arms = args.arms or list(ARMS)
     os.makedirs(args.out, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {(name, seed): pool.submit(run, args, name, seed)
-                for seed in range(args.seeds) for name in args.arms}
-        found = {job: future.result() for job, future in jobs.items()}
-    stages = [("student", [table[0] for table in found.values()])]
-    for name in args.arms:
-        tables = [found[name, seed] for seed in range(args.seeds)]
-        if any(table[-1] != table[-2] for table in tables):
-            stages.append((name + ": its SFT", [table[-2] for table in tables]))
-        stages.append((name, [table[-1] for table in tables]))
-    files = list(stages[0][1][0])
-    print(f"% right, mean of {args.seeds} seeds (lowest - highest)\n{'':42}"
-          + "".join(f"{file:>22}" for file in files))
-    for name, tables in stages:
-        shares = [[100 * table[file][0] / table[file][1] for table in tables] for file in files]
-        print(f"{name:42}" + "".join(
-            f"{f'{statistics.mean(x):.1f} ({min(x):.1f} - {max(x):.1f})':>22}" for x in shares))
+    print_tables(args, run_all(args))
 
 
 if __name__ == "__main__":
-    main()
+    exgrpo.run(main)

@@ -2,6 +2,7 @@
 with a word.
 
     python tests/bench.py grader        # reward.py beside math-verify (pip install math-verify)
+    python tests/bench.py ei            # 100,000 questions through ei.py, from a stub server
     python tests/bench.py sampling      # a group's replies, beside transformers' generate
     python tests/bench.py dialogue      # k turns, cache kept and forked, beside generate anew
     python tests/bench.py step          # the update, beside TRL's trainer (pip install trl)
@@ -16,7 +17,11 @@ figures are medians of CPU seconds. Without --model it is $EXGRPO_MODELS/smollm2
 student, else a tiny random model.
 """
 import argparse
+import contextlib
 import functools
+import http.server
+import io
+import json
 import os
 import platform
 import re
@@ -25,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 
@@ -77,6 +83,71 @@ def grader():
         right = sum(p == m for p, m in zip(paid, marks)) / len(cases)
         wrong = sum(p and not m for p, m in zip(paid, marks))
         print(f"{name:24}{right:8.1%}{wrong:12}{seconds:13.3f}")
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """Declines after `delay` seconds; `slots` answers at a time, and how long they were busy."""
+    protocol_version = "HTTP/1.1"
+    body = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {
+        "role": "assistant", "content": "DECLINE"}}]}).encode()
+    delay, slots, busy = 0.0, threading.Semaphore(16), []
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with self.slots:
+            start = time.perf_counter()
+            time.sleep(self.delay)
+            self.busy.append(time.perf_counter() - start if self.delay else 0)
+        # one write, or the client waits for the second packet
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: %d\r\n\r\n" % len(self.body) + self.body)
+
+
+def serve():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+
+def stream(url, n, folder):
+    """n questions through ei.py -> seconds; a line of memory every tenth. Each question is one
+    request (R1, declined)."""
+    import ei
+    data, out = os.path.join(folder, f"q{n}.jsonl"), os.path.join(folder, f"p{n}.jsonl")
+    with open(data, "w") as file:
+        for i in range(n):
+            row = {"id": f"q{i}", "question": f"What is {i} and 1?", "answer": str(i + 1),
+                   "answer_type": "number", "rationale": "Add."}
+            file.write(json.dumps(row) + "\n")
+    sys.argv = ["ei.py", "--teacher", url, "--data", data, "--out", out, "--rules", "R1",
+                "--concurrency", "16"]
+    select, done = ei.select, [0]
+
+    def counted(student, lines, tau_hard):
+        done[0] += 1
+        if done[0] % max(1, n // 10) == 0:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"{done[0]:9,} questions: {peak:.0f} MiB", file=sys.__stdout__, flush=True)
+        return select(student, lines, tau_hard)
+    ei.select, start = counted, time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ei.main()
+    ei.select = select
+    return time.perf_counter() - start
+
+
+def stage1(n=100_000):
+    """Memory while the questions stream, and how busy a slower server's slots are kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = stream(serve(), n, folder)
+        print(f"{n / seconds:.0f} questions a second, {cpu()}")
+        Stub.delay, Stub.busy = 0.2, []
+        seconds = stream(serve(), 800, folder)
+        print(f"slots in use: {sum(Stub.busy) / seconds:.1f} of 16 on average, {seconds:.1f} s")
 
 
 # ------------------------------------------------------------- contenders, each in its own process
@@ -512,7 +583,8 @@ def limit(args):
           f"{least / took:.0%} of the bound\n")
 
 
-BENCHMARKS = {"grader": lambda args: grader(), "sampling": sampling, "dialogue": dialogue,
+BENCHMARKS = {"grader": lambda args: grader(), "ei": lambda args: stage1(),
+              "sampling": sampling, "dialogue": dialogue,
               "step": step, "whole": whole, "growth": growth, "limit": limit}
 
 
@@ -540,7 +612,7 @@ if __name__ == "__main__":
     if args.benchmark == ["contend"]:
         CONTENDERS[args.name](args, Lap())
     for benchmark in args.benchmark or ["grader"]:
-        if benchmark != "grader":
+        if benchmark not in ("grader", "ei"):
             print(f"{benchmark}: {os.path.basename(model_folder(args))}, {args.dtype}, "
                   f"{args.threads} thread(s), {cpu()}")
         BENCHMARKS[benchmark](types.SimpleNamespace(**vars(args)))

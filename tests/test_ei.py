@@ -369,10 +369,11 @@ def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
     assert code == 0, err
     assert exgrpo.read_probes(tmp_path / "p.jsonl")[1] == ROWS
     table = out[out.index("probes   "):]
-    total = r"all +120 +12 +3 +3 +2 +8 +92 +76.7 \(68.3 - 83.3\) +57.6 \(47.4 - 67.2\)\n"
-    assert re.search(total, table)
-    assert re.search(r"no probe left +0 +0.0 \(0.0 - 24.2\)\ntoo hard +1 +8.3 \(1.5 - 35.4\)\n"
-                     r"too easy +1 .*\nkept +10 +83.3 \(55.2 - 95.3\)\n", table)
+    assert re.search(r"all +120 +12 +3 +3 +2 +8 +92\n", table)
+    assert re.search(r"all +10 \(6-17\) +2 \(1-7\) +2 \(1-7\) +2 \(0-6\) +7 \(3-13\) +77 \(68-83\) +"
+                     r"58 \(47-67\)\n", table)
+    assert re.search(r"no probe left +0 +0 \(0-24\)\ntoo hard +1 +8 \(1-35\)\n"
+                     r"too easy +1 .*\nkept +10 +83 \(55-95\)\n", table)
     assert f"{len(server.requests)} requests, {7 * len(server.requests):,} prompt tokens" in out
     code, again, _ = run_ei("--report", tmp_path / "p.jsonl")
     assert code == 0 and again.strip() in out
