@@ -281,6 +281,17 @@ def head(model, hidden):
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+def freeze(model, bf16):
+    """No weight is trained. Under autocast to bf16, its linear layers are held in bf16: the results
+    are the same bit for bit, and autocast, which keeps its copies of trained weights only, would
+    make those of frozen ones again at every token."""
+    model.requires_grad_(False)
+    for module in model.base_model.modules():
+        if bf16 and isinstance(module, (nn.Linear, Conv1D)):
+            module.to(torch.bfloat16)
+    return model
+
+
 class LoRA(nn.Module):
     """A frozen linear layer and a trainable low-rank one: y = W x + alpha / rank * B A x."""
 
@@ -297,14 +308,15 @@ class LoRA(nn.Module):
         return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.enabled else y
 
     def merged(self):
+        self.base.float()
         delta = self.scale * self.B @ self.A
         self.base.weight.data += delta if isinstance(self.base, nn.Linear) else delta.T
         return self.base
 
 
-def add_lora(model, rank, alpha):
+def add_lora(model, rank, alpha, bf16=False):
     """Freezes the model and wraps every linear layer below the loss head."""
-    model.requires_grad_(False)
+    freeze(model, bf16)
     for module in list(model.base_model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, (nn.Linear, Conv1D)) and not isinstance(module, LoRA):
@@ -987,7 +999,7 @@ def prepare(args, source, device):
     model, chat = load_model(source, device)
     if args.lora_rank:
         torch.manual_seed(args.seed)  # the adapters' start
-        add_lora(model, args.lora_rank, args.lora_alpha)
+        add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, chat
@@ -1232,7 +1244,7 @@ def reinforce(args, questions, device):
     if args.lora_rank:
         reference = functools.partial(adapters_off, policy)
     else:
-        pi_ref = load_model(source, device)[0].requires_grad_(False) if args.beta > 0 else None
+        pi_ref = freeze(load_model(source, device)[0], args.bf16) if args.beta > 0 else None
         reference = functools.partial(contextlib.nullcontext, pi_ref)
     optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.lr, weight_decay=0.0)
     start = load_checkpoint(args, "ExGRPO", policy, optimizer)

@@ -364,7 +364,8 @@ def updater(args, model, settings):
     import contextlib
     import torch
     import exgrpo
-    reference = exgrpo.load_model(model_folder(args), torch.device("cpu"))[0].requires_grad_(False)
+    reference = exgrpo.load_model(model_folder(args), torch.device("cpu"))[0]
+    exgrpo.freeze(reference, settings.bf16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def update(dialogues):

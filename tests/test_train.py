@@ -106,6 +106,27 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
     assert not any(isinstance(module, exgrpo.LoRA) for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_frozen_layers_in_bf16_change_no_bit(kind, tiny):
+    """Autocast would cast frozen fp32 weights anew at each token; held in bf16 they are cast once.
+    Logits, the adapters' gradients and the merged model must not notice."""
+    def run(bf16):
+        model, _ = exgrpo.load_model(tiny(kind), torch.device("cpu"))
+        torch.manual_seed(0)
+        exgrpo.add_lora(model, 2, 8.0, bf16)
+        kinds = {layer.base.weight.dtype for layer in model.modules()
+                 if isinstance(layer, exgrpo.LoRA)}
+        assert kinds == {torch.bfloat16 if bf16 else torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.arange(2, 30)[None]).logits
+            logits.float().logsumexp(-1).sum().backward()
+        gradients = [p.grad for p in exgrpo.trainable(model).values()]
+        exgrpo.merge_lora(model)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return [logits.detach(), *gradients]
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
 @pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"]])
 def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra):
     """D28: SIGKILL in the warm-up, SIGKILL among the ExGRPO steps, then --resume: the same weights
