@@ -40,11 +40,6 @@ import exgrpo
 import reward
 from exgrpo import HERE, UserError, as_asked, at_least
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 # ------------------------------------------------------------------------------------ the ten rules
 
@@ -479,13 +474,7 @@ def open_output(path, header):
     Returns the file, and its header line if that is still to be written.
     """
     file = open(path, "a+b")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another ei.py is writing {path}; wait for it, or name another --out")
-    except OSError:
-        pass  # a file system without locks
+    exgrpo.lock(file, f"another ei.py is writing {path}; wait for it, or name another --out")
     file.seek(0)
     first, mine, end = file.readline(), dump({"ei": header}), 0
     if first.endswith(b"\n") or not mine.startswith(first):

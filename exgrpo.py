@@ -54,6 +54,11 @@ from transformers.utils import logging as transformers_logging
 
 import reward
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOGITS_HELD = 2 ** 26  # floats, 256 MiB: more logits than these are formed chunk by chunk
 MAX_GRAD_NORM = 1.0
@@ -186,6 +191,17 @@ def atomic(path):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def lock(file, busy):
+    """Locks an open file until it is closed; if another process holds it, an error says `busy`."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(busy)
+    except OSError:
+        pass  # a file system without locks
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -960,7 +976,8 @@ FREE = ("resume", "steps", "save_every", "device", "out", "probes",  # may diffe
 
 
 def open_run(args):
-    """Makes the run's folder and run.json; or, with --resume, checks that it is the same run's."""
+    """Makes the run's folder and run.json; or, with --resume, checks that it is the same run's.
+    Returns run.json, open and locked: a run has one process."""
     path = os.path.join(args.out, "run.json")
     with open(args.probes, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
@@ -982,6 +999,10 @@ def open_run(args):
         os.makedirs(args.out, exist_ok=True)
         with atomic(path) as file:
             file.write(json.dumps(mine, indent=1).encode())
+    file = open(path, "rb")
+    lock(file, f"another process is working on the run in {args.out}; wait for it, or name another "
+               "--out")
+    return file
 
 
 def end_step(args, stage, step, last, model, optimizer):
@@ -1475,19 +1496,19 @@ def main():
     questions = load_training_data(args)
     check_lengths(model, chat, questions, args)
     tests = load_eval(args)  # read now: a mistake in these files should not wait for the end
-    open_run(args)
-    print_plan(args, model, questions, device)
-    del model
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
-    sft = os.path.join(args.out, "sft")
-    assess(args, "student", args.student, device, tests)
-    if args.sft_epochs and not os.path.exists(os.path.join(sft, "config.json")):
-        warm_up(args, questions, device)
-    if args.sft_epochs:
-        assess(args, "after SFT", sft, device, tests)
-    reinforce(args, questions, device)
-    assess(args, "after ExGRPO", args.out, device, tests)
+    with open_run(args):
+        print_plan(args, model, questions, device)
+        del model
+        sft = os.path.join(args.out, "sft")
+        assess(args, "student", args.student, device, tests)
+        if args.sft_epochs and not os.path.exists(os.path.join(sft, "config.json")):
+            warm_up(args, questions, device)
+        if args.sft_epochs:
+            assess(args, "after SFT", sft, device, tests)
+        reinforce(args, questions, device)
+        assess(args, "after ExGRPO", args.out, device, tests)
     print_summary(args)
 
 

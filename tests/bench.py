@@ -6,6 +6,7 @@ with a word.
     python tests/bench.py sampling      # a group's replies, beside transformers' generate
     python tests/bench.py dialogue      # k turns, cache kept and forked, beside generate anew
     python tests/bench.py step          # the update, beside TRL's trainer (pip install trl)
+    python tests/bench.py head          # the loss over gemma3's 262,144 words, beside all logits
     python tests/bench.py whole         # sampling and update, beside TRL with a rollout_func
     python tests/bench.py growth        # a step for G = 4..32 and k = 1..10
     python tests/bench.py limit         # beside the limits of this machine's memory and products
@@ -398,6 +399,26 @@ def contend_padded(args, lap):
     contend_update(args, lap)
 
 
+def contend_head(args, lap, chunked):
+    """Forward and backward of the loss alone: 2,048 trained tokens, the head of gemma3-270m."""
+    import torch
+    import exgrpo
+    torch.set_num_threads(args.threads)
+    head = torch.nn.Linear(640, 262144, bias=False)
+    config = types.SimpleNamespace(get_text_config=lambda: None)
+    model = types.SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+    hidden, targets = torch.randn(2048, 640, requires_grad=True), torch.arange(2048)
+
+    def all_logits(model, hidden, targets, temperature):
+        logits = exgrpo.head(model, hidden) / temperature
+        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    logps = exgrpo.head_logps if chunked else all_logits
+    while True:
+        with lap:
+            logps(model, hidden, targets, 1.0).sum().backward()
+            head.weight.grad = hidden.grad = None
+
+
 def trl_trainer(args, lap, rollout, members, checkpointing=True):
     """TRL's GRPOTrainer over dialogues that rollout(trainer) -> (prompts, completions, masks)
     returns; a lap is a step. members: dialogues of a group."""
@@ -495,6 +516,8 @@ CONTENDERS = {
     "exgrpo.update, padded": contend_padded,
     "TRL, its default": functools.partial(contend_trl, checkpointing=True),
     "TRL, without checkpointing": functools.partial(contend_trl, checkpointing=False),
+    "loss, chunk by chunk": functools.partial(contend_head, chunked=True),
+    "loss, all logits": functools.partial(contend_head, chunked=False),
     "exgrpo, whole step": contend_whole,
     "TRL, whole step": contend_trl_whole,
 }
@@ -517,6 +540,10 @@ def dialogue(args):
 def step(args):
     race(args, ["exgrpo.update", "exgrpo.update, padded", "TRL, its default",
                 "TRL, without checkpointing"])
+
+
+def head(args):
+    race(args, ["loss, chunk by chunk", "loss, all logits"])
 
 
 def whole(args):
@@ -586,7 +613,7 @@ def limit(args):
 
 BENCHMARKS = {"grader": lambda args: grader(), "ei": lambda args: stage1(),
               "sampling": sampling, "dialogue": dialogue,
-              "step": step, "whole": whole, "growth": growth, "limit": limit}
+              "step": step, "head": head, "whole": whole, "growth": growth, "limit": limit}
 
 
 def parse_args():

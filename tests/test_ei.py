@@ -370,8 +370,8 @@ def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
     assert exgrpo.read_probes(tmp_path / "p.jsonl")[1] == ROWS
     table = out[out.index("probes   "):]
     assert re.search(r"all +120 +12 +3 +3 +2 +8 +92\n", table)
-    assert re.search(r"all +10 \(6-17\) +2 \(1-7\) +2 \(1-7\) +2 \(0-6\) +7 \(3-13\) +77 \(68-83\) +"
-                     r"58 \(47-67\)\n", table)
+    assert re.search(r"all +10 \(6-17\) +2 \(1-7\) +2 \(1-7\) +2 \(0-6\) +7 \(3-13\) +"
+                     r"77 \(68-83\) +58 \(47-67\)\n", table)
     assert re.search(r"no probe left +0 +0 \(0-24\)\ntoo hard +1 +8 \(1-35\)\n"
                      r"too easy +1 .*\nkept +10 +83 \(55-95\)\n", table)
     assert f"{len(server.requests)} requests, {7 * len(server.requests):,} prompt tokens" in out
@@ -446,7 +446,7 @@ def test_two_processes_on_one_output_are_refused(run_ei, server, tmp_path):
 
 
 def test_a_system_without_locks_goes_on(run_ei, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(ei, "fcntl", None)
+    monkeypatch.setattr(exgrpo, "fcntl", None)
     assert run_ei(*flags(server, tmp_path / "p.jsonl"), "--limit", "1")[0] == 0
 
 

@@ -158,6 +158,19 @@ def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra):
     assert timeless[0] == timeless[1] and len(timeless[0]) == 6
 
 
+def test_a_run_has_one_process(monkeypatch, tiny, tmp_path):
+    """Two processes on one run would write the same logs and checkpoint in turns."""
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr(sys, "argv", ["exgrpo.py", "--student", tiny("llama"), "--probes", PROBES,
+                                      "--out", str(tmp_path / "run")])
+    args = exgrpo.parse_args()
+    with exgrpo.open_run(args):
+        args.resume = True
+        with pytest.raises(exgrpo.UserError, match="another process is working on the run"):
+            exgrpo.open_run(args)
+    exgrpo.open_run(args).close()
+
+
 def wait_for_lines(path, lines, process):
     for _ in range(6000):
         if process.poll() is not None:

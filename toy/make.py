@@ -7,8 +7,8 @@ finds, loses, buys bags, shares), and a question asks for the result. ORACLE kno
 every rule: the teacher learns from it, and ei_test.jsonl is made of it.
 
     teacher   1.0 M parameters: answers ei.py's real prompts, all probes and questions, with errors
-    student   0.7 M parameters: has read forward problems only. It never saw a story told backwards,
-              so it has the reversal curse, which `python evaluate.py` measures
+    student   0.7 M parameters: has read forward problems only, seldom of two events. It never saw a
+              story told backwards, so it has the reversal curse; `python evaluate.py` measures it
 
 Train and test share no problem. The first two numbers of a test problem are one of TEST_PAIRS, its
 names are TEST_NAMES, and its two events may be a pair that no training question has (HELD_OUT). The
@@ -285,8 +285,8 @@ def story_talk(rng, one_step):
 
 
 def student_dialogue(rng, chat):
-    """Stories told forwards and small talk."""
-    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, 0.6)
+    """Stories told forwards, few of two events (there SFT has something to add), and small talk."""
+    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, 0.95)
              for _ in range(rng.integers(1, 7))]
     return exgrpo.teacher_dialogue(chat, turns)
 
