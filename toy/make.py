@@ -7,8 +7,9 @@ finds, loses, buys bags, shares), and a question asks for the result. ORACLE kno
 every rule: the teacher learns from it, and ei_test.jsonl is made of it.
 
     teacher   1.0 M parameters: answers ei.py's real prompts, all probes and questions, with errors
-    student   0.7 M parameters: has read forward problems only, seldom of two events. It never saw a
-              story told backwards, so it has the reversal curse; `python evaluate.py` measures it
+    student   0.7 M parameters: has read forward problems only, mostly answered without reasoning if
+              there are two events. It never saw a story told backwards, so it has the reversal
+              curse, which `python evaluate.py` measures
 
 Train and test share no problem. The first two numbers of a test problem are one of TEST_PAIRS, its
 names are TEST_NAMES, and its two events may be a pair that no training question has (HELD_OUT). The
@@ -285,9 +286,13 @@ def story_talk(rng, one_step):
 
 
 def student_dialogue(rng, chat):
-    """Stories told forwards, few of two events (there SFT has something to add), and small talk."""
-    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, 0.95)
+    """Stories told forwards, and small talk. Most answers that take two sums do without them, and
+    are wrong: there SFT, forwards too, has something to teach."""
+    turns = [small_talk(rng) if rng.random() < 0.3 else story_talk(rng, 0.6)
              for _ in range(rng.integers(1, 7))]
+    for turn in turns:
+        if turn["rationale"].count("=") > 1 and rng.random() < 0.8:
+            turn["rationale"] = ""
     return exgrpo.teacher_dialogue(chat, turns)
 
 
@@ -330,7 +335,7 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 def all_texts():
     """Enough of what is said in this world to hold every word of it, with and without a space."""
     rng = np.random.default_rng(0)
-    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + "\nDECLINE DECLINE declined"
+    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + " DECLINE declined"
     for sentence in reward.INSTRUCTION.values():
         yield f" The answer is x. {sentence}\n{sentence}"
     for rule in ei.RULES:
