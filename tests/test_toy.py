@@ -137,6 +137,33 @@ def test_the_ablation_runs_each_arm_once(tmp_path, monkeypatch, capsys):
     ablation.main()
 
 
+def test_the_ablation_changes_the_data_as_it_says():
+    """Each arm's D_EI: as many examples, a share of the questions, one rule, no filter."""
+    _, data = exgrpo.read_probes(os.path.join(TOY, "probes.jsonl"))
+    kept = [row for row in data if row["kept"]]
+
+    def n_probes(lines):
+        return sum(p["consistent"] for row in lines if row["kept"] for p in row["probes"])
+    tenth = ablation.part(0.1)(data, np.random.default_rng(0))
+    assert len(tenth) == round(len(kept) / 10) and all(row in kept for row in tenth)
+    alone = ablation.one_rule("R8")(data, None)
+    assert {p["rule"] for row in alone for p in row["probes"]} == {"R8"}
+    free = ablation.unfiltered(data, np.random.default_rng(0))
+    assert (len(free), n_probes(free)) == (len(kept), n_probes(data))
+    rejected = {p["probe"] for row in data for p in row["probes"] if not p["consistent"]}
+    assert any(p["probe"] in rejected for row in free for p in row["probes"])
+
+
+def test_the_paired_t_test_by_its_table():
+    """t = 2.776 leaves 5 % in both tails of 4 degrees of freedom, 4.604 leaves 1 %."""
+    assert ablation.two_sided(2.776445, 4) == pytest.approx(0.05, abs=1e-6)
+    assert ablation.two_sided(4.604095, 4) == pytest.approx(0.01, abs=1e-6)
+    mean, half, p = ablation.paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, half) == pytest.approx((3.0, 2.776445 * (2.5 / 5) ** 0.5), abs=1e-5)
+    assert p == pytest.approx(0.0132, abs=1e-4)
+    assert ablation.paired([0.0, 0.0]) == (0.0, 0.0, 1.0)
+
+
 def sampled_accuracy(folder, questions):
     """Share of right answers among 8 sampled replies to each question, at temperature 1."""
     model, chat = exgrpo.load_model(folder, torch.device("cpu"))
