@@ -141,8 +141,9 @@ def run_all(args):
 def two_sided(t, df):
     """P(|T| > t) for Student's t, by the trapezoid rule on its density."""
     x = np.linspace(0, t, 20001)
+    y = (1 + x * x / df) ** (-(df + 1) / 2)
     scale = math.gamma((df + 1) / 2) / (math.gamma(df / 2) * math.sqrt(df * math.pi))
-    return max(0.0, 1 - 2 * scale * float(np.trapezoid((1 + x * x / df) ** (-(df + 1) / 2), x)))
+    return max(0.0, 1 - scale * float((y[1:] + y[:-1]).sum() * (x[1] - x[0])))
 
 
 def paired(differences):

@@ -1,6 +1,6 @@
 """The toy world: word problems, a teacher and a student, all made from a seed.
 
-    python toy/make.py            # 50 minutes; remakes all other files in toy/
+    python toy/make.py     # 50 minutes, torch 2.9 or newer; remakes all other files in toy/
 
 A problem is a story: somebody has some things, one or two events change their number (gives, gets,
 finds, loses, buys bags, shares), and a question asks for the result. ORACLE knows the probe of
