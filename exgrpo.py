@@ -1326,7 +1326,7 @@ def parse_args():
     add("--nu", type=at_least(1, float), default=1.0, help="margin of the bonus, Eq. 5")
     add("--beta", type=at_least(0, float), default=0.04, help="weight of the KL penalty, Eq. 7")
     add("--epsilon", type=at_least(0, float, above=True), default=0.2, help="clip range, Eq. 7")
-    add("--aux-weight", type=at_least(0, float), default=0.1, help="weight of the SFT loss, Eq. 8")
+    add("--aux-weight", type=at_least(0, float), default=0.01, help="weight of the SFT loss, Eq. 8")
     add("--sft-epochs", type=at_least(0), default=3, help="warm-up, Eq. 3; 0: a cold start")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=at_least(0), default=60, help="ExGRPO steps")
