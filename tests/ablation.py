@@ -176,7 +176,8 @@ def print_tables(args, found):
             pairs = list(zip(tables, found[args.against]))
             cells = [paired([a[file] - b[file] for a, b in pairs]) for file in files]
             print(f"{arm:28}" + "".join(
-                f"{f'{mean:+.1f} +- {half:.1f}, {p:.3f}':>26}" for mean, half, p in cells))
+                f"{f'{mean:+.1f} +- {half:.1f}, ' + (f'{p:.3f}' if p > 0.0005 else '<.001'):>26}"
+                for mean, half, p in cells))
 
 
 def main():
