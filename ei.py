@@ -23,6 +23,7 @@ Where the paper is silent or ambiguous, we chose:
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -549,19 +550,13 @@ def count(path):
     return header, rules, reasons, verdicts
 
 
-def share(k, n):
-    """k of n in whole per cent with the 95 % interval, as text."""
-    low, high = reward.wilson(k, n)
-    return f"{100 * k / n:.0f} ({100 * low:.0f}-{100 * high:.0f})" if n else "-"
-
-
 def report(path):
     """Prints what each filter did, from the file alone; returns the number of questions kept."""
     header, rules, reasons, verdicts = count(path)
     names = [rule for rule in RULES if rules[rule, "asked"]] + ["all"]
     for column in (*COLUMNS, "right"):
         rules["all", column] = sum(rules[rule, column] for rule in names)
-    width = 14
+    width, share = 14, functools.partial(reward.share, form="{:.0f} ({:.0f}-{:.0f})")
     print(f"\n{'probes':25}" + "".join(f"{column:>{width}}" for column in COLUMNS))
     for rule in names:
         print(f"{f'{rule} {RULES[rule].name}' if rule in RULES else rule:25}"

@@ -512,16 +512,14 @@ class KVCache:
         if layer_idx == len(self.layers):
             self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
                                 for x in new])
-        stores = self.layers[layer_idx] = [
-            _write(store, self.active, self.positions, x, self.n_slots)
-            for store, x in zip(self.layers[layer_idx], new)]
+        stores = self.layers[layer_idx] = _write(
+            self.layers[layer_idx], self.active, self.positions, new, self.n_slots)
         if len(self.active) < len(self.lengths):  # copied when rows leave, not at every token
             parts = self.parts.get(layer_idx)
             everyone = torch.arange(len(self.active), device=self.active.device)
             stores = self.parts[layer_idx] = [
-                store[self.active] for store in stores] if parts is None else [
-                _write(part, everyone, self.positions, x, self.n_slots)
-                for part, x in zip(parts, new)]
+                store[self.active] for store in stores] if parts is None else _write(
+                parts, everyone, self.positions, new, self.n_slots)
         return [store[:, :, :self.n_slots] for store in stores]
 
     def repeat(self, group_size):
@@ -532,16 +530,18 @@ class KVCache:
         self.activate(torch.arange(len(self.lengths), device=self.active.device))
 
 
-def _write(store, rows, positions, new, n_slots):
-    """Puts new (b, H, T, D) at positions (b, T) of these rows of store (B, H, S, D), or of its
-    larger successor, which is returned."""
-    if store.shape[2] < n_slots:  # by a quarter, to a multiple of 128: seldom copied
-        store = F.pad(store, (0, 0, 0, -(-n_slots * 5 // 512) * 128 - store.shape[2]))
-    H, S = store.shape[1:3]
+def _write(stores, rows, positions, new, n_slots):
+    """Puts new keys and values (b, H, T, D) at positions (b, T) of these rows of the two stores
+    (B, H, S, D), or of their larger successors, which are returned."""
+    H, S = stores[0].shape[1:3]
+    if S < n_slots:  # by a quarter, to a multiple of 128: seldom copied
+        more = -(-n_slots * 5 // 512) * 128 - S
+        stores, S = [F.pad(store, (0, 0, 0, more)) for store in stores], S + more
     heads = torch.arange(H, device=rows.device)[:, None]
-    places = (rows[:, None, None] * H + heads) * S + positions[:, None]             # (b, H, T)
-    store.flatten(0, 2).index_copy_(0, places.flatten(), new.flatten(0, 2))
-    return store
+    places = ((rows[:, None, None] * H + heads) * S + positions[:, None]).flatten()  # of (b, H, T)
+    for store, x in zip(stores, new):
+        store.flatten(0, 2).index_copy_(0, places, x.flatten(0, 2))
+    return stores
 
 
 def visible(config, seen, behind):

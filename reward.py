@@ -285,7 +285,7 @@ def wilson(right, n, z=1.959964):
     return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
 
 
-def share(right, n):
+def share(right, n, form="{:.1f} ({:.1f} - {:.1f})"):
     """The share in per cent with its interval, as text."""
     low, high = wilson(right, n)
-    return f"{100 * right / n:.1f} ({100 * low:.1f} - {100 * high:.1f})" if n else "-"
+    return form.format(100 * right / n, 100 * low, 100 * high) if n else "-"

@@ -122,11 +122,11 @@ class Problem(NamedTuple):
 TEST_PAIRS = np.random.default_rng(0).random((21, 21)) < 0.25
 
 
-def draw(rng, names, events, test=False, n_events=None):
+def draw(rng, names, test=False, n_events=None):
     """A random problem with all its numbers in 1..20; test: its first two are one of TEST_PAIRS."""
     while True:
         A, B = map(str, rng.choice(names, 2, replace=False))
-        kinds = [str(rng.choice(events)) for _ in range(n_events or rng.integers(1, 3))]
+        kinds = [str(rng.choice(list(EVENTS))) for _ in range(n_events or rng.integers(1, 3))]
         if "buys" in kinds[1:] or "shares" in kinds[:-1]:
             continue
         start = int(rng.integers(2, 21))
@@ -270,7 +270,7 @@ def small_talk(rng):
 
 def story_talk(rng, one_step):
     """A story told forwards; its question wants a number, or yes or no, or an option."""
-    problem = draw(rng, NAMES + TEST_NAMES, list(EVENTS), n_events=1 + (rng.random() > one_step))
+    problem = draw(rng, NAMES + TEST_NAMES, n_events=1 + (rng.random() > one_step))
     question, rationale, _, result = problem.forward()
     kind, numbers = rng.random(), [result, *rng.permutation([x for x in range(1, 21)
                                                              if x != result])[:2]]
@@ -300,7 +300,7 @@ def teacher_talk(rng, chat):
     """Probes of a problem, then the problem itself (as in Eq. 1), and small talk."""
     turns = []
     for _ in range(rng.integers(1, 4)):
-        problem = draw(rng, NAMES, list(EVENTS))
+        problem = draw(rng, NAMES)
         told = [ORACLE[str(rng.choice(list(ORACLE)))](problem), problem.forward()]
         turns += [item(one) for one in told if one]
         turns += [small_talk(rng)] * (rng.random() < 0.5)
@@ -313,7 +313,7 @@ def teacher_dialogue(rng, chat):
         return teacher_talk(rng, chat)
     rule, dialogue = str(rng.choice(list(ORACLE))), exgrpo.Dialogue()
     for turn in range(8):
-        problem = draw(rng, NAMES, list(EVENTS))
+        problem = draw(rng, NAMES)
         prompt, told = ei.make_prompt(rule, item(problem.forward())), ORACLE[rule](problem)
         reply = ei.REPLY.format(ei.Example(*told[:3], str(told[3]))) if told else "DECLINE"
         if turn == 0:  # the example's reply is no lesson
@@ -342,7 +342,7 @@ def all_texts():
         for answer_type in ("number", "yesno"):
             yield from ei.make_prompt(rule, item(("x", "x", answer_type, "1")))
     for _ in range(2000):
-        problem = draw(rng, NAMES + TEST_NAMES, list(EVENTS))
+        problem = draw(rng, NAMES + TEST_NAMES)
         for told in [rule(problem) for rule in ORACLE.values()]:
             for text in item(told).values() if told else ():
                 yield f"{text} {text}"
@@ -407,7 +407,7 @@ def problems(rng, n, names, test):
     """n problems, no two with the same question."""
     found = {}
     while len(found) < n:
-        problem = draw(rng, names, list(EVENTS), test)
+        problem = draw(rng, names, test)
         if test or tuple(event for event, _ in problem.events) not in HELD_OUT:
             found[problem.forward()[0]] = problem
     return list(found.values())
