@@ -1022,7 +1022,8 @@ def prepare(args, source, device):
         torch.manual_seed(args.seed)  # the adapters' start
         add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.24
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model, chat
 
 

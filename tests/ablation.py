@@ -103,13 +103,14 @@ def folder_of(args, name, seed):
 def run(args, name, seed):
     """One arm with one seed -> {file: % right} at its end."""
     (change, flags), folder = ARMS[name], folder_of(args, name, seed)
-    probes = folder + ".jsonl"
     if not os.path.exists(os.path.join(folder, "config.json")):  # the final model
-        header, rows = exgrpo.read_probes(args.probes)
-        with exgrpo.atomic(probes) as file:
-            rows = (change or as_it_is)(rows, np.random.default_rng(seed))
-            file.writelines(map(ei.dump, [{"ei": header}, *rows]))
+        probes = folder + ".jsonl" if change else args.probes
         start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
+        if change:
+            header, rows = exgrpo.read_probes(args.probes)
+            with exgrpo.atomic(probes) as file:
+                rows = change(rows, np.random.default_rng(seed))
+                file.writelines(map(ei.dump, [{"ei": header}, *rows]))
         resume = ["--resume"] if os.path.exists(folder) else []
         with open(folder + ".log", "a") as log:
             code = subprocess.run(

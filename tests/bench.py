@@ -538,6 +538,7 @@ def dialogue(args):
 
 
 def step(args):
+    args.micro_batch_tokens = 1536  # 8 rows of about 190 tokens, as TRL takes them
     race(args, ["exgrpo.update", "exgrpo.update, padded", "TRL, its default",
                 "TRL, without checkpointing"])
 
