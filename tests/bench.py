@@ -5,6 +5,7 @@ with a word.
     python tests/bench.py ei            # 100,000 questions through ei.py, from a stub server
     python tests/bench.py sampling      # a group's replies, beside transformers' generate
     python tests/bench.py dialogue      # k turns, cache kept and forked, beside generate anew
+    python tests/bench.py turns         # what a turn costs for k = 1, 2, 5, 10
     python tests/bench.py step          # the update, beside TRL's trainer (pip install trl)
     python tests/bench.py head          # the loss over gemma3's 262,144 words, beside all logits
     python tests/bench.py whole         # sampling and update, beside TRL with a rollout_func
@@ -531,6 +532,10 @@ def dialogue(args):
     args.new_tokens = 48
     race(args, ["full dialogues, cache kept", "full, generate anew each turn"])
     race(args, ["full and forked partial", "full and partial, generate apart"])
+
+
+def turns(args):
+    args.new_tokens = 48
     print("seconds a turn, cache kept (k probes and the question):")
     for args.turns in (1, 2, 5, 10):
         for name, cpu in race(args, ["full dialogues, cache kept"]).items():
@@ -613,7 +618,7 @@ def limit(args):
 
 
 BENCHMARKS = {"grader": lambda args: grader(), "ei": lambda args: stage1(),
-              "sampling": sampling, "dialogue": dialogue,
+              "sampling": sampling, "dialogue": dialogue, "turns": turns,
               "step": step, "head": head, "whole": whole, "growth": growth, "limit": limit}
 
 
