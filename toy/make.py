@@ -16,6 +16,7 @@ names are TEST_NAMES, and its two events may be a pair that no training question
 student has read all names, events and sums, but no test pair of numbers inside a story.
 """
 import argparse
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -458,8 +459,9 @@ def write_model(name):
 
 def main():
     write_data()
-    with multiprocessing.get_context("spawn").Pool(2) as pool:  # side by side, a core each
-        pool.map(write_model, LESSONS, chunksize=1)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, spawn) as pool:  # side by side, a core each
+        list(pool.map(write_model, LESSONS))
     out = os.path.join(TOY, "probes.jsonl")
     if os.path.exists(out):
         os.remove(out)
