@@ -593,8 +593,9 @@ def options(row):  # csqa, arc, obqa
     return lettered(stem, row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
 
 
-def sqa(row):  # the facts are evidence, not part of the question
-    return row["question"], "yes" if row["answer"] else "no", "yesno", " ".join(row["facts"])
+def sqa(row):  # the facts are evidence, not part of the question; a string, or a list of them
+    facts = row["facts"] if isinstance(row["facts"], str) else " ".join(row["facts"])
+    return row["question"], "yes" if row["answer"] else "no", "yesno", facts
 
 
 def boolq(row):
@@ -674,8 +675,10 @@ def fetch(name, split):
         import datasets
     except ImportError:
         raise UserError(f"the dataset {name} needs one package more: pip install datasets")
-    for config in configs.split() or [None]:
-        yield from datasets.load_dataset(source, config, split=split, streaming=True)
+    parts = [datasets.load_dataset(source, config, split=split, streaming=True)
+             for config in configs.split() or [None]]
+    # in turns, so that --limit takes some of each
+    yield from filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts)))
 
 
 def stream_questions(source, split="train"):
@@ -695,7 +698,9 @@ def stream_questions(source, split="train"):
             mapped = DATASETS[source][0](row)
             if mapped:  # some rows have no gold answer
                 yield dict(zip(keys, (f"{source}-{split}-{i}", *(text.strip() for text in mapped))))
-    except (OSError, ValueError, LookupError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: the network's, those of `datasets`, a changed field
         raise UserError(f"the dataset {source} could not be read: {type(error).__name__}: {error}. "
                         "Is there a network? Without one, give a .jsonl file of questions")
 

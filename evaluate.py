@@ -196,8 +196,9 @@ def figures(rows):
         reverse, counterfactual = consistency(mine)
         groups[f"{data}, forward and reverse"] = reverse
         groups[f"{data}, counterfactual"] = counterfactual
-    if len(sets) > 1:
-        groups["all questions"] = [row for row in rows if not row["rule"]]
+    if len(sets) > 1:  # what two files share counts once
+        groups["all questions"] = list({row["question"]: row for row in rows
+                                        if not row["rule"]}.values())
     return {name: group for name, group in groups.items() if group}
 
 
@@ -323,17 +324,23 @@ def read_metrics(run):
 
 
 def seeds_together(runs):
-    """Runs whose settings (run.json) differ in the seed alone -> {label: their tables}."""
+    """Runs whose settings (run.json) differ in the seed alone -> {label: their tables}. Students
+    named NAME-SEED, as tests/ablation.py names each seed's warm-up, count as one setting."""
     groups = {}
     for run in runs:
         try:
             with open(os.path.join(run, "run.json"), encoding="utf-8") as file:
-                settings = json.dumps(json.load(file) | {"seed": None}, sort_keys=True)
-        except (OSError, ValueError, TypeError):
+                settings = json.load(file)
+            student = str(settings.get("student")).removesuffix(f"-{settings.get('seed')}")
+            settings = json.dumps(settings | {"seed": None, "student": student}, sort_keys=True)
+        except (OSError, ValueError, TypeError, AttributeError):
             settings = run  # unknown: it stands alone
         groups.setdefault(settings, []).append(run)
-    return {os.path.basename(os.path.abspath(group[0])) + f", n = {len(group)}":
-            [read_metrics(run) for run in group] for group in groups.values()}
+    names = [os.path.basename(os.path.abspath(group[0])) for group in groups.values()]
+    labels = [name if names.count(name) == 1 else group[0]
+              for name, group in zip(names, groups.values())]
+    return {f"{label}, n = {len(group)}": [read_metrics(run) for run in group]
+            for label, group in zip(labels, groups.values())}
 
 
 def band(tables, name):
@@ -412,6 +419,8 @@ def main(argv=None):
         rows, baseline = map(read_outputs, args.compare)
         return write_report(report(rows, baseline, args.seed), args.out)
     items = load_items(args.data, args.split, args.limit)
+    if args.baseline:
+        exgrpo.find_model(args.baseline)  # a mistake in its name should not wait for the end
     outputs = os.path.join(args.out, "outputs.jsonl")
     rows = answer(args.model, items, args, outputs)
     baseline = None

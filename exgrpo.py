@@ -19,10 +19,10 @@ Where the paper is silent or ambiguous, we chose:
  3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step, one divisor counted before the first
     micro-batch, so that a token's weight depends on nothing else. KL is k3, per token.
- 5. A dialogue of advantage 0 (its group's outcomes are all equal) is not forwarded: it adds nothing
-    to the objective, and its KL term is left out too.
+ 5. A dialogue of advantage 0 (its group's outcomes are all equal, and no bonus was paid) is not
+    forwarded: it adds nothing to the objective, and its KL term is left out too.
  6. Eq. 8 trains the teacher's reply at every probe turn of a teacher-forced dialogue, and not the
-    final turn.
+    final turn; as a mean over its tokens, where the paper has a sum.
 """
 import argparse
 import contextlib
@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import model_info, try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -105,6 +106,10 @@ def run(main):
         code = main()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: the GPU's memory is too small for this ({str(error).partition('.')[0]}): "
+              "lower --micro-batch-tokens or --batch-size, or use a smaller model", file=sys.stderr)
         code = 2
     except OSError as error:  # no space left, no permission, ...: the system's own words
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
@@ -186,11 +191,16 @@ def is_probes_file(path):
 def atomic(path):
     """A binary file that appears under its name complete, or not at all."""
     partial = f"{path}.tmp"
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:  # a full disk, say: what was written is in the way
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
 
 
 def lock(file, busy):
@@ -228,11 +238,19 @@ def resolve_model(name):
     return f"{owner}/{name}" if owner else name
 
 
-def load_model(name, device):
-    """A Hub id or local folder -> (model in fp32, without dropout, in eval mode; its Chat)."""
+def find_model(name):
+    """The Hub id or local folder of a model; an error where a folder holds none."""
     path = resolve_model(name)
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"there is no folder {path}: name a model by its folder or its Hub id")
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        raise UserError(f"the folder {path} holds no model that can be loaded (no config.json)")
+    return path
+
+
+def load_model(name, device):
+    """A Hub id or local folder -> (model in fp32, without dropout, in eval mode; its Chat)."""
+    path = find_model(name)
     try:
         if not os.path.isdir(path) and not try_to_load_from_cache(path, "config.json"):
             model_info(path, timeout=10)  # fails at once, where from_pretrained retries for minutes
@@ -275,7 +293,7 @@ def check_model(model):
         extend(model, cache, [ids[:8].tolist(), ids[:5].tolist()])
         ours = extend(model, cache, [ids[8:].tolist(), ids[5:].tolist()])  # (2, V)
         worst = (ours - own).abs().max().item()
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         worst = error
     if not isinstance(worst, float) or worst > 1e-2:
         raise UserError(f"the sampler does not reproduce {type(model).__name__} (logits differ: "
@@ -304,39 +322,49 @@ def freeze(model, bf16):
     model.requires_grad_(False)
     for module in model.base_model.modules():
         if bf16 and isinstance(module, (nn.Linear, Conv1D)):
-            module.to(torch.bfloat16)
+            module.weight.data = module.weight.data.bfloat16()
     return model
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and a trainable low-rank one: y = W x + alpha / rank * B A x."""
+    """A frozen linear layer and a trainable low-rank one: y = W x + alpha / rank * B A x.
 
-    def __init__(self, base, rank, alpha):
+    With bf16, W is rounded as in freeze(). What that took from it, small but all that the warm-up
+    may have taught it, waits in main memory and is put back when the layers are merged."""
+
+    def __init__(self, base, rank, alpha, bf16=False):
         super().__init__()
         weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D: transposed
         self.base, self.scale, self.enabled = base, alpha / rank, True
         self.A = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         nn.init.kaiming_uniform_(self.A, a=5 ** 0.5)
+        self.rounded_off = None
+        if bf16:
+            exact = base.weight.data
+            base.weight.data = exact.bfloat16()
+            self.rounded_off = (exact - base.weight.data).to("cpu", torch.bfloat16)
 
     def forward(self, x):
         y = self.base(x)
         return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.enabled else y
 
     def merged(self):
-        self.base.float()
-        delta = self.scale * self.B @ self.A
-        self.base.weight.data += delta if isinstance(self.base, nn.Linear) else delta.T
+        weight, delta = self.base.weight.data.float(), self.scale * self.B @ self.A
+        if self.rounded_off is not None:
+            weight += self.rounded_off.to(weight.device)
+        self.base.weight.data = weight + (
+            delta if isinstance(self.base, nn.Linear) else delta.T)
         return self.base
 
 
 def add_lora(model, rank, alpha, bf16=False):
     """Freezes the model and wraps every linear layer below the loss head."""
-    freeze(model, bf16)
+    model.requires_grad_(False)
     for module in list(model.base_model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, (nn.Linear, Conv1D)) and not isinstance(module, LoRA):
-                setattr(module, name, LoRA(child, rank, alpha))
+                setattr(module, name, LoRA(child, rank, alpha, bf16))
 
 
 @torch.no_grad()
@@ -393,6 +421,8 @@ class Chat:
             raise UserError(f"the tokenizer of {model.name_or_path} has no end token (eos_token), "
                             "so no reply could stop; add one to its tokenizer_config.json")
         self.stop_ids = sorted(ends - {None} | {self.end_id})
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {str(token) for i, token in added if token.special or i in self.stop_ids}
 
     def _render(self, *turns, reply_next):
         roles = ("user", "assistant")
@@ -408,9 +438,11 @@ class Chat:
         return next((i for i in reversed(closed[len(opened):]) if i in special), None)
 
     def _clean(self, text):
-        """Special tokens inside a question or a teacher's text would open or close turns."""
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
+        """Special tokens inside a question or a teacher's text would open or close turns. Taking
+        one out may join the halves of another, so we look until none is left."""
+        while found := [token for token in self.special if token in text]:
+            for token in found:
+                text = text.replace(token, "")
         return text
 
     def encode(self, text):
@@ -615,7 +647,7 @@ def _invert(weights, mass):
     cdf = weights.cumsum(-1)
     mass = torch.minimum(mass, torch.nextafter(cdf[:, -1], torch.zeros_like(mass)))[:, None]
     index = torch.searchsorted(cdf, mass, right=True)
-    left = mass - cdf.gather(1, index) + weights.gather(1, index)
+    left = (mass - cdf.gather(1, index) + weights.gather(1, index)).clamp(min=0)  # as if exact
     return index.squeeze(1), left.squeeze(1)
 
 
@@ -954,8 +986,12 @@ def save_model(model, chat, folder):
     staging = os.path.join(folder, "saving.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     merge_lora(model)
-    model.save_pretrained(staging)
-    chat.tokenizer.save_pretrained(staging)
+    try:
+        model.save_pretrained(staging)
+        chat.tokenizer.save_pretrained(staging)
+    except SafetensorError as error:  # safetensors' own word for a failed write
+        raise UserError(f"cannot write the model in {folder} (is the disk full? {error}); make "
+                        "room and go on with --resume")
     for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
         os.replace(os.path.join(staging, name), os.path.join(folder, name))
     os.rmdir(staging)
@@ -992,7 +1028,7 @@ def open_run(args):
             name = differing[0]
             raise UserError(f"--resume: the run in {args.out} was started with {name} = "
                             f"{theirs.get(name)!r}, not {mine[name]!r}; name that or a new --out")
-    elif os.path.isdir(args.out) and os.listdir(args.out):
+    elif os.path.isdir(args.out) and set(os.listdir(args.out)) - {"run.json.tmp"}:
         raise UserError(f"{args.out} is not empty: --resume goes on with its run, a new --out "
                         "starts another")
     else:
@@ -1104,7 +1140,8 @@ class Rollout(NamedTuple):
 def rollout(model, chat, questions, args, step):
     """Draws each question's probes and samples its full and partial dialogues."""
     rng = np.random.default_rng([args.seed, step, 1])
-    generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + step)
+    generator = torch.Generator(model.device)
+    generator.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)
     probes = [[row["probes"][i] for i in rng.permutation(len(row["probes"]))[:args.turns]]
               for row in questions]
     cuts = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]      # k' in 0..k-1
@@ -1192,6 +1229,7 @@ def pay(chat, played, args):
         partial, bonus, totals = full[:0], [], full.tolist()
         advantages, correct_partial = group_advantages(full), full[:0]
     replies = [len(ids) for d in played.full for ids in d.replies]
+    fresh = -1 if args.partial == "forked" else 0  # the first reply that was not copied
     probes_right = [reward.is_correct(chat.decode(ids), probe["answer"], probe["answer_type"])
                     for b, d in enumerate(played.full)
                     for ids, probe in zip(d.replies, played.probes[b // G])]
@@ -1205,7 +1243,7 @@ def pay(chat, played, args):
         "unparsed": float(unread),
         "zero_variance": (groups.amax(1) == groups.amin(1)).double().mean().item(),
         "reply_tokens": float(np.mean(replies)), "sampled_tokens": sum(replies) + sum(
-            len(dialogue.replies[-1]) for dialogue in played.partial)}
+            len(ids) for dialogue in played.partial for ids in dialogue.replies[fresh:])}
 
 
 def mean_or_nan(values):
@@ -1270,6 +1308,8 @@ def reinforce(args, questions, device):
         reference = functools.partial(contextlib.nullcontext, pi_ref)
     optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.lr, weight_decay=0.0)
     start = load_checkpoint(args, "ExGRPO", policy, optimizer)
+    if start < args.steps:
+        forget(args, AFTER)  # a finished run may go on with more --steps
     with tqdm(range(start, args.steps), initial=start, total=args.steps, desc="ExGRPO") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -1385,16 +1425,35 @@ def load_training_data(args):
     return kept
 
 
-def check_lengths(model, chat, questions, args):
-    """The longest dialogue must fit the model's context: better said now than at step 700."""
-    def text(row):  # what the user may say at most
-        return sorted(map(as_asked, row["probes"]), key=len)[::-1][:args.turns] + [as_asked(row)]
-    row = max(questions, key=lambda row: sum(map(len, text(row))))
-    longest = (sum(len(chat.first(turn)) for turn in text(row))
-               + (args.max_new_tokens + 1) * (args.turns + 1))
-    if longest > context_size(model):
-        raise UserError(f"a dialogue on question {row['id']} may grow to {longest} tokens, the "
-                        f"model reads {context_size(model)}; lower --turns or --max-new-tokens")
+def check_lengths(model, chat, questions, tests, args):
+    """What is asked, taught and sampled must fit the model's context: better said now than at step
+    700. The ten longest texts of each kind are counted in tokens."""
+    limit, room, k = context_size(model), args.max_new_tokens + 1, args.turns
+
+    def user(rows):
+        return sum(len((chat.later if turn else chat.first)(as_asked(row)))
+                   for turn, row in enumerate(rows))
+
+    def check(kind, dialogues, count):
+        for rows in sorted(dialogues, key=lambda rows: -sum(map(n_characters, rows)))[:10]:
+            if count(rows) > limit:
+                raise UserError(f"{kind} that ends in {as_asked(rows[-1])[:60]!r} may have "
+                                f"{count(rows)} tokens, the model reads {limit}; lower --turns or "
+                                "--max-new-tokens, or leave that text out")
+    probes = [sorted(row["probes"], key=n_characters)[::-1][:k] for row in questions]
+    check("a dialogue", [[*drawn, row] for drawn, row in zip(probes, questions)],
+          lambda rows: user(rows) + room * len(rows))
+    check("a teacher's dialogue", probes if k else [],
+          lambda rows: len(teacher_dialogue(chat, rows).ids))
+    check("an example", [[row] for question in questions
+                         for row in (question, *question["probes"])],
+          lambda rows: len(teacher_dialogue(chat, rows).ids))
+    check("a test", [[row] for rows in tests.values() for row in rows],
+          lambda rows: user(rows) + room)
+
+
+def n_characters(row):
+    return len(as_asked(row)) + len(row["rationale"])
 
 
 def print_plan(args, model, questions, device):
@@ -1422,19 +1481,36 @@ def count_right(model, chat, items, max_new_tokens):
                for (text, _, _), item in zip(outputs, items))
 
 
-def assess(args, label, source, device, tests):
-    """Greedy accuracy of a model on tests, what load_eval() gave. Kept in OUT/eval.json as
-    {label: {file: [right, n]}}: a resumed run reads it.
-    """
+AFTER = "after ExGRPO"
+
+
+def read_eval(args):
+    """OUT/eval.json, {label: {file: [right, n]}}: what a resumed run need not ask again."""
     path = os.path.join(args.out, "eval.json")
-    table = read_json(path) if os.path.exists(path) else {}
-    if not tests or label in table:
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def write_eval(args, table):
+    with atomic(os.path.join(args.out, "eval.json")) as file:
+        file.write(json.dumps(table, indent=1).encode())
+
+
+def forget(args, label):
+    table = read_eval(args)
+    if table.pop(label, None):
+        write_eval(args, table)
+
+
+def assess(args, label, source, device, tests):
+    """Greedy accuracy of a model on tests, what load_eval() gave, kept in OUT/eval.json."""
+    table = read_eval(args)
+    known = {file: n for file, (_, n) in table.get(label, {}).items()}
+    if not tests or known == {file: len(items) for file, items in tests.items()}:
         return
     model, chat = load_model(source, device)
     table[label] = {file: [count_right(model, chat, items, args.max_new_tokens), len(items)]
                     for file, items in tests.items()}
-    with atomic(path) as out:
-        out.write(json.dumps(table, indent=1).encode())
+    write_eval(args, table)
 
 
 def load_eval(args):
@@ -1456,7 +1532,7 @@ def load_eval(args):
 
 def print_table(args):
     """What assess() found, a line for each stage."""
-    table = read_json(os.path.join(args.out, "eval.json"))
+    table = read_eval(args)
     names = list(next(iter(table.values())))
     print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
     for label, results in table.items():
@@ -1495,8 +1571,8 @@ def main():
     model, chat = load_model(args.student, device)
     scale_learning_rates(args, model)
     questions = load_training_data(args)
-    check_lengths(model, chat, questions, args)
     tests = load_eval(args)  # read now: a mistake in these files should not wait for the end
+    check_lengths(model, chat, questions, tests, args)
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
     with open_run(args):
@@ -1509,7 +1585,7 @@ def main():
         if args.sft_epochs:
             assess(args, "after SFT", sft, device, tests)
         reinforce(args, questions, device)
-        assess(args, "after ExGRPO", args.out, device, tests)
+        assess(args, AFTER, args.out, device, tests)
     print_summary(args)
 
 

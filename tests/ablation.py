@@ -11,6 +11,8 @@ command goes on after an interruption, and adds seeds. Other flags go to every r
 """
 import argparse
 import concurrent.futures
+import hashlib
+import json
 import math
 import os
 import statistics
@@ -103,27 +105,35 @@ def folder_of(args, name, seed):
 def run(args, name, seed):
     """One arm with one seed -> {file: % right} at its end."""
     (change, flags), folder = ARMS[name], folder_of(args, name, seed)
-    if not os.path.exists(os.path.join(folder, "config.json")):  # the final model
-        probes = folder + ".jsonl" if change else args.probes
-        start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
-        if change:
-            header, rows = exgrpo.read_probes(args.probes)
-            with exgrpo.atomic(probes) as file:
-                rows = change(rows, np.random.default_rng(seed))
-                file.writelines(map(ei.dump, [{"ei": header}, *rows]))
-        resume = ["--resume"] if os.path.exists(folder) else []
-        with open(folder + ".log", "a") as log:
-            code = subprocess.run(
-                [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--eval", *exgrpo.TOY_TESTS,
-                 *args.others, *flags, *start, "--probes", probes, "--seed", str(seed),
-                 "--out", folder, *resume],
-                stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            ).returncode
-        if code:
-            raise exgrpo.UserError(f"the run {folder} ended with code {code}; its words are in "
-                                   f"{folder}.log")
-    table = list(exgrpo.read_json(os.path.join(folder, "eval.json")).values())[-1]
-    return {file: 100 * right / n for file, (right, n) in table.items()}
+    probes, result = folder + ".jsonl" if change else args.probes, folder + ".json"
+    start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
+    command = ["--eval", *exgrpo.TOY_TESTS, *args.others, *flags, *start, "--probes", probes,
+               "--seed", str(seed), "--out", folder]
+    key = {"command": command, "D_EI": args.digest}
+    if os.path.exists(result):  # the run was finished
+        known = exgrpo.read_json(result)
+        if known["key"] != key:
+            raise exgrpo.UserError(f"{folder} was made by another command, or of another D_EI: "
+                                   "name another --out")
+        return known["table"]
+    if change:
+        header, rows = exgrpo.read_probes(args.probes)
+        with exgrpo.atomic(probes) as file:
+            rows = change(rows, np.random.default_rng(seed))
+            file.writelines(map(ei.dump, [{"ei": header}, *rows]))
+    resume = ["--resume"] if os.path.exists(folder) else []
+    with open(folder + ".log", "a") as log:
+        code = subprocess.run(
+            [sys.executable, os.path.join(ROOT, "exgrpo.py"), *command, *resume],
+            stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise exgrpo.UserError(f"the run {folder} ended with code {code}; its words are in "
+                               f"{folder}.log")
+    counts = exgrpo.read_json(os.path.join(folder, "eval.json"))[exgrpo.AFTER]
+    table = {file: 100 * right / n for file, (right, n) in counts.items()}
+    with exgrpo.atomic(result) as file:
+        file.write(json.dumps({"key": key, "table": table}, indent=1).encode())
+    return table
 
 
 def run_all(args):
@@ -194,6 +204,8 @@ def main():
     args, args.others = parser.parse_known_args()
     args.arms = args.arms or list(ARMS)
     os.makedirs(args.out, exist_ok=True)
+    with open(args.probes, "rb") as file:
+        args.digest = hashlib.sha256(file.read()).hexdigest()
     print_tables(args, run_all(args))
 
 

@@ -222,7 +222,9 @@ def report(names, laps, peaks):
 
 
 def model_folder(args):
-    """The folder of the model to measure, and how to call it."""
+    """The folder of the model to measure."""
+    if args.model and not os.path.isdir(args.model):
+        sys.exit(f"error: --model {args.model}: there is no such folder")
     local = os.path.join(os.environ.get("EXGRPO_MODELS", ""), "smollm2")
     toy = os.path.join(os.path.dirname(HERE), "toy", "student")
     for folder in filter(os.path.isdir, filter(None, (args.model, local, toy))):

@@ -684,7 +684,7 @@ PUBLISHED = {  # invented rows in their true format, and question's end, answer,
                   ("Q?", "5", "number", "e")),
     "math": ({"problem": "P", "level": "1", "type": "t", "solution": r"So $\boxed{\frac{1}{2}}$."},
              ("P", r"\frac{1}{2}", "math", r"So $\boxed{\frac{1}{2}}$.")),
-    "sqa": ({"qid": "1", "term": "t", "question": "Is it?", "answer": False, "facts": ["F.", "G."]},
+    "sqa": ({"qid": "1", "term": "t", "question": "Is it?", "answer": False, "facts": "F. G."},
             ("Is it?", "no", "yesno", "F. G.")),
     "csqa": ({"id": "1", "question": "Which?", "question_concept": "c", "choices": CHOICES,
               "answerKey": "3"},
@@ -771,8 +771,11 @@ def test_without_the_package_or_the_network_one_line_says_so(run_ei, monkeypatch
 
     def no_network(*_, **__):
         raise ConnectionError("no route to host")
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=no_network))
+
+    def no_script(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported")
     monkeypatch.setattr(ei.urllib.request, "urlopen", no_network)
-    for name in ("gsm8k", "tabmwp"):
+    for name, fails in (("gsm8k", no_network), ("tabmwp", no_network), ("esnli", no_script)):
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fails))
         code, _, err = run_ei("--teacher", "http://x", "--data", name, "--dry-run")
         assert code == 2 and "network" in err and err.count("\n") == 1

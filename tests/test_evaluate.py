@@ -116,13 +116,14 @@ def test_consistency_wants_answers_that_fit_each_other():
 
 def test_report_by_hand():
     rows = [row("a"), row("a", "R10"), row("a", "R2", right=False),
-            row("b", right=False, said=None), row("b", "R2"), row("a", data="other")]
+            row("b", right=False, said=None), row("b", "R2"), row("c", data="other"),
+            row("a", data="other")]  # asked in "d" already: counts once among all questions
     rows[3]["truncated"], rows[3]["tokens"] = True, 9
     baseline = [one | {"correct": one["id"] == "b/R2"} for one in reversed(rows)]    # in any order
     results = {result["figure"]: result for result in evaluate.report(rows, baseline)}
     assert {name: (r["right"], r["n"], r["baseline"]) for name, r in results.items()} == {
         "d": (1, 2, 0), "d, EI-Test": (2, 3, 1 / 3), "d, EI-Test R2": (1, 2, 1 / 2),
-        "d, EI-Test R10": (1, 1, 0), "other": (1, 1, 0), "all questions": (2, 3, 0)}
+        "d, EI-Test R10": (1, 1, 0), "other": (2, 2, 0), "all questions": (2, 3, 0)}
     assert list(results)[2:4] == ["d, EI-Test R2", "d, EI-Test R10"]
     assert results["d, EI-Test R2"]["only_model"] == results["d, EI-Test R2"]["only_baseline"] == 0
     d = results["d"]
@@ -346,6 +347,17 @@ def test_runs_of_one_setting_make_a_band(tmp_path):
     steps, middle, _, _ = evaluate.band(groups["a0, n = 2"], "adv_partial_correct")
     assert middle == pytest.approx([0.3] * 49)                                  # nan is passed over
     assert np.isnan(evaluate.band(groups["b0, n = 1"], "bonus_share")[1]).all()
+
+
+def test_each_seeds_own_warm_up_is_one_setting_and_equal_names_are_told_apart(tmp_path):
+    """tests/ablation.py starts seed 1 from SFT-1; and two folders called "run" are two lines."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    runs = [fake_run(tmp_path / "a" / "run", 0, 2, student="SFT-0"),
+            fake_run(tmp_path / "b" / "run", 1, 2, student="SFT-1"),
+            fake_run(tmp_path / "c" / "run", 1, 2, student="SFT-0")]
+    assert {label: len(tables) for label, tables in evaluate.seeds_together(runs).items()} == {
+        f"{runs[0]}, n = 2": 2, f"{runs[2]}, n = 1": 1}
 
 
 def test_a_run_of_one_step_and_without_settings_can_be_drawn(tmp_path):

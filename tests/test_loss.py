@@ -82,9 +82,23 @@ def test_clip_acts_on_the_right_side(advantage, ratio, gradient):
     assert stats["clip_share"] == (gradient == 0)
 
 
+def test_the_ratio_is_per_token():
+    """D22: one ratio for the whole reply would be 1.5 * 0.5, inside the clip range of neither its
+    first token, which is clipped, nor of its second, which is not."""
+    logps = tensor([[math.log(1.5), math.log(0.5)]]).requires_grad_()
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    loss, stats = exgrpo.policy_loss(logps, zero, zero, tensor([1.0]), torch.ones(1, 2),
+                                     epsilon=0.2, beta=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.2 + 0.5) / 2) and stats["clip_share"] == 0.5
+    assert logps.grad.tolist()[0] == pytest.approx([0.0, -0.5 / 2])
+
+
 def test_ratio_one_has_the_gradient_of_reinforce():
     """D19: on fresh samples the ratio is 1 and the loss is minus the mean advantage, yet its
-    gradient is that of advantage * log pi. An implementation without it learns nothing."""
+    gradient is that of advantage * log pi. An implementation without it learns nothing. D11: a
+    token weighs the same in a short reply and in a long one; a mean per reply would make wrong
+    answers longer."""
     logps = tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]]).requires_grad_()
     mask, advantages = torch.tensor([[1, 1, 1], [1, 1, 0]]), tensor([0.7, -1.2])
     loss, _ = exgrpo.policy_loss(logps, logps.detach(), logps.detach(), advantages, mask,

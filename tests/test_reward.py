@@ -31,7 +31,8 @@ GOLDS = {kind: sorted({gold for _, k, gold, _, _ in CASES if k == kind}) for kin
 
 @pytest.mark.parametrize("kind", ANSWER_TYPES)
 def test_table(kind):
-    """Paid, wrong or unreadable, each case as the table says; above all no wrong answer is paid."""
+    """Paid, wrong or unreadable, each case as the table says; above all no wrong answer is paid.
+    D26: simple_GRPO reads "-3" as 3 and "1,234" as 234."""
     cases = [case for case in CASES if case[1] == kind]
     verdict = {place: "+" if is_correct(output, gold, kind) else
                "?" if extract_answer(output, kind) is None else "-"

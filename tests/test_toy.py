@@ -135,6 +135,9 @@ def test_the_ablation_runs_each_arm_once(tmp_path, monkeypatch, capsys):
     assert all(probe["probe"] == row["question"] for row in plain for probe in row["probes"])
     monkeypatch.setattr(ablation.subprocess, "run", None)
     ablation.main()
+    sys.argv += ["--sft-lr", "1e-5"]
+    with pytest.raises(exgrpo.UserError, match="another command"):
+        ablation.main()
 
 
 def test_the_ablation_changes_the_data_as_it_says():
