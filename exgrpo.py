@@ -238,13 +238,26 @@ def resolve_model(name):
     return f"{owner}/{name}" if owner else name
 
 
+def in_short(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
 def find_model(name):
-    """The Hub id or local folder of a model; an error where a folder holds none."""
+    """The local folder or Hub id of a model; an error if there is none."""
     path = resolve_model(name)
-    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "config.json")):
+            raise UserError(f"the folder {path} holds no model (no config.json)")
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"there is no folder {path}: name a model by its folder or its Hub id")
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        raise UserError(f"the folder {path} holds no model that can be loaded (no config.json)")
+    try:
+        if not try_to_load_from_cache(path, "config.json"):
+            model_info(path, timeout=10)  # fails at once, where from_pretrained retries for minutes
+    except Exception as error:  # of many kinds: httpx errors, ValueError, ...
+        raise UserError(f"the model {path} is no local folder and could not be fetched from the "
+                        "Hugging Face Hub: is the name right, and is there a network? "
+                        f"({in_short(error)}) Without a network, give the path of a local folder")
     return path
 
 
@@ -252,18 +265,11 @@ def load_model(name, device):
     """A Hub id or local folder -> (model in fp32, without dropout, in eval mode; its Chat)."""
     path = find_model(name)
     try:
-        if not os.path.isdir(path) and not try_to_load_from_cache(path, "config.json"):
-            model_info(path, timeout=10)  # fails at once, where from_pretrained retries for minutes
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
-    except Exception as error:  # of many kinds: OSError, ValueError, ImportError, httpx errors, ...
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        if os.path.isdir(path):
-            raise UserError(f"the folder {path} holds no model that can be loaded ({reason})")
-        raise UserError(f"the model {path} is no local folder and could not be fetched from the "
-                        f"Hugging Face Hub: is the name right, and is there a network? ({reason}) "
-                        "Without a network, give the path of a local folder instead")
+    except Exception as error:  # of many kinds: OSError, ValueError, ImportError, ...
+        raise UserError(f"the model {path} is there, but cannot be loaded ({in_short(error)})")
     for parameter in model.parameters():  # out of the memory-mapped file: aligned, so reproducible
         parameter.data = parameter.data.clone()
     disable_dropout(model)
