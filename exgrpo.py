@@ -1013,8 +1013,8 @@ def append_csv(path, row):
                          for key, value in row.items()})
 
 
-FREE = ("resume", "steps", "save_every", "device", "out", "probes",  # may differ in a resumed run
-        "eval", "eval_limit")
+FREE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_limit",
+        "micro_batch_tokens", "gradient_checkpointing")  # may differ in a resumed run
 
 
 def open_run(args):
