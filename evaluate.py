@@ -329,8 +329,7 @@ def seeds_together(runs):
     groups = {}
     for run in runs:
         try:
-            with open(os.path.join(run, "run.json"), encoding="utf-8") as file:
-                settings = json.load(file)
+            settings = exgrpo.read_json(os.path.join(run, "run.json"))
             student = str(settings.get("student")).removesuffix(f"-{settings.get('seed')}")
             settings = json.dumps(settings | {"seed": None, "student": student}, sort_keys=True)
         except (OSError, ValueError, TypeError, AttributeError):

@@ -203,6 +203,16 @@ def atomic(path):
         raise
 
 
+def write_json(path, value):
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def lock(file, busy):
     """Locks an open file until it is closed; if another process holds it, an error says `busy`."""
     try:
@@ -1021,10 +1031,8 @@ def open_run(args):
     """Makes the run's folder and run.json; or, with --resume, checks that it is the same run's.
     Returns run.json, open and locked: a run has one process."""
     path = os.path.join(args.out, "run.json")
-    with open(args.probes, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
     mine = {name: value for name, value in vars(args).items() if name not in FREE}
-    mine["probes_sha256"] = digest
+    mine["probes_sha256"] = sha256_of(args.probes)
     if args.resume:
         if not os.path.exists(path):
             raise UserError(f"--resume: {args.out} holds no run (no run.json); leave --resume out")
@@ -1039,8 +1047,7 @@ def open_run(args):
                         "starts another")
     else:
         os.makedirs(args.out, exist_ok=True)
-        with atomic(path) as file:
-            file.write(json.dumps(mine, indent=1).encode())
+        write_json(path, mine)
     file = open(path, "rb")
     lock(file, f"another process is working on the run in {args.out}; wait for it, or name another "
                "--out")
@@ -1440,6 +1447,9 @@ def check_lengths(model, chat, questions, tests, args):
         return sum(len((chat.later if turn else chat.first)(as_asked(row)))
                    for turn, row in enumerate(rows))
 
+    def taught(rows):
+        return len(teacher_dialogue(chat, rows).ids)
+
     def check(kind, dialogues, count):
         for rows in sorted(dialogues, key=lambda rows: -sum(map(n_characters, rows)))[:10]:
             if count(rows) > limit:
@@ -1449,11 +1459,9 @@ def check_lengths(model, chat, questions, tests, args):
     probes = [sorted(row["probes"], key=n_characters)[::-1][:k] for row in questions]
     check("a dialogue", [[*drawn, row] for drawn, row in zip(probes, questions)],
           lambda rows: user(rows) + room * len(rows))
-    check("a teacher's dialogue", probes if k else [],
-          lambda rows: len(teacher_dialogue(chat, rows).ids))
+    check("a teacher's dialogue", probes if k else [], taught)
     check("an example", [[row] for question in questions
-                         for row in (question, *question["probes"])],
-          lambda rows: len(teacher_dialogue(chat, rows).ids))
+                         for row in (question, *question["probes"])], taught)
     check("a test", [[row] for rows in tests.values() for row in rows],
           lambda rows: user(rows) + room)
 
@@ -1497,8 +1505,7 @@ def read_eval(args):
 
 
 def write_eval(args, table):
-    with atomic(os.path.join(args.out, "eval.json")) as file:
-        file.write(json.dumps(table, indent=1).encode())
+    write_json(os.path.join(args.out, "eval.json"), table)
 
 
 def forget(args, label):

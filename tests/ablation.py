@@ -11,8 +11,6 @@ command goes on after an interruption, and adds seeds. Other flags go to every r
 """
 import argparse
 import concurrent.futures
-import hashlib
-import json
 import math
 import os
 import statistics
@@ -131,8 +129,7 @@ def run(args, name, seed):
                                f"{folder}.log")
     counts = exgrpo.read_json(os.path.join(folder, "eval.json"))[exgrpo.AFTER]
     table = {file: 100 * right / n for file, (right, n) in counts.items()}
-    with exgrpo.atomic(result) as file:
-        file.write(json.dumps({"key": key, "table": table}, indent=1).encode())
+    exgrpo.write_json(result, {"key": key, "table": table})
     return table
 
 
@@ -204,8 +201,7 @@ def main():
     args, args.others = parser.parse_known_args()
     args.arms = args.arms or list(ARMS)
     os.makedirs(args.out, exist_ok=True)
-    with open(args.probes, "rb") as file:
-        args.digest = hashlib.sha256(file.read()).hexdigest()
+    args.digest = exgrpo.sha256_of(args.probes)
     print_tables(args, run_all(args))
 
 
