@@ -112,12 +112,13 @@ def sample_texts(model, chat, prompts, args, generator):
     """--samples replies to each prompt, drawn from the model as it is (temperature 1)."""
     texts = [[] for _ in prompts]
     widths = [(len(prompt) + args.max_new_tokens) * args.samples for prompt in prompts]
-    for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
-        replies = exgrpo.sample(model, [prompts[i] for i in batch], temperature=1.0,
-                                max_new_tokens=args.max_new_tokens, stop_ids=chat.stop_ids,
-                                group_size=args.samples, generator=generator).replies
-        for place, ids in enumerate(replies):
-            texts[batch[place // args.samples]].append(chat.decode(ids))
+    with exgrpo.packed(model):
+        for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
+            replies = exgrpo.sample(model, [prompts[i] for i in batch], temperature=1.0,
+                                    max_new_tokens=args.max_new_tokens, stop_ids=chat.stop_ids,
+                                    group_size=args.samples, generator=generator).replies
+            for place, ids in enumerate(replies):
+                texts[batch[place // args.samples]].append(chat.decode(ids))
     return texts
 
 

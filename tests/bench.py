@@ -291,7 +291,7 @@ def contend_sample(args, lap):
     model, chat, settings = load(args)
     prompts = ragged_prompts(chat)
     while True:
-        with lap, exgrpo.autocast(settings, model.device):
+        with lap, exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             exgrpo.sample(model, prompts, max_new_tokens=args.new_tokens, temperature=1.0,
                           stop_ids=[], group_size=args.group, generator=torch.Generator())
 
@@ -316,7 +316,7 @@ def contend_dialogue(args, lap, forked):
     model, chat, settings = load(args)
     (*probes, final), cut = scripts_of(chat, args)
     while True:
-        with lap, exgrpo.autocast(settings, model.device):
+        with lap, exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             rng = torch.Generator().manual_seed(0)
             full, cache = exgrpo.converse(model, chat, [[*probes, final]], settings, rng)
             if forked:
@@ -475,7 +475,7 @@ def contend_whole(args, lap):
     while True:
         with lap:
             rng = torch.Generator().manual_seed(0)
-            with exgrpo.autocast(settings, model.device):
+            with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
                 full, cache = exgrpo.converse(model, chat, [[*probes, final]] * args.questions,
                                               settings, rng)
                 partial = exgrpo.fork_dialogues(model, chat, full, cache, [final] * args.questions,
@@ -545,7 +545,7 @@ def turns(args):
 
 
 def step(args):
-    args.micro_batch_tokens = 1536  # 8 rows of about 190 tokens, as TRL takes them
+    args.micro_batch_tokens = 400  # trees of four replies and their prompt; TRL takes 8 rows
     race(args, ["exgrpo.update", "exgrpo.update, padded", "TRL, its default",
                 "TRL, without checkpointing"])
 
@@ -556,6 +556,7 @@ def head(args):
 
 def whole(args):
     args.new_tokens, args.questions, args.turns = 32, 2, 2
+    args.micro_batch_tokens = 2048  # about 8 dialogues, as TRL takes them
     race(args, ["exgrpo, whole step", "TRL, whole step"])
 
 
@@ -599,7 +600,7 @@ def limit(args):
     prompts = ragged_prompts(chat)
 
     def decode(n):
-        with exgrpo.autocast(settings, model.device):
+        with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             exgrpo.sample(model, prompts, max_new_tokens=n, temperature=1.0, stop_ids=[],
                           group_size=8, generator=torch.Generator())
     ours = (seconds(lambda: decode(33)) - seconds(lambda: decode(1))) / 32

@@ -297,3 +297,43 @@ def test_bf16_autocast_samples_what_it_scores(loaded):
         ids, mask = exgrpo.pad_rows([dialogue.ids], [dialogue.mask], model.device)
         scored = exgrpo.token_logprobs(model, ids, mask, 0.7)[mask[:, 1:].bool()]
     assert (scored - torch.tensor(dialogue.logps)).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "lora"])
+def test_packed_weights_are_those_of_the_moment(tiny, kind, bf16, monkeypatch):
+    """A packed copy that outlived an update would sample from the policy of yesterday. Inside,
+    logits are the model's own; outside, no layer remembers; after an update, they follow it."""
+    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bf16 products")
+    monkeypatch.setattr(exgrpo, "PACKED_FROM", 0)
+    model, chat = exgrpo.load_model(tiny("llama" if kind == "lora" else kind), torch.device("cpu"))
+    if kind == "lora":
+        exgrpo.add_lora(model, 2, 8.0, bf16)
+    prompt = chat.first("Why?")
+
+    def logits():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return exgrpo.extend(model, exgrpo.KVCache(1, model.device), [prompt])
+
+    def replaced():
+        return [layer for layer in model.modules() if "forward" in vars(layer)]
+    for _ in range(2):
+        plain = logits()
+        with (torch.autocast("cpu", torch.bfloat16, enabled=bf16), exgrpo.packed(model),
+              exgrpo.packed(model)):  # once in the other is no harm
+            assert len(replaced()) == (1 if kind == "gpt2" else 15)
+            assert torch.allclose(logits(), plain, atol=0.05 if bf16 else 1e-4)
+        assert replaced() == []
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        assert not torch.allclose(logits(), plain, atol=0.2)
+
+
+def test_a_machine_without_the_packed_product_samples_all_the_same(loaded, monkeypatch):
+    model, _ = loaded("llama")
+    monkeypatch.setattr(exgrpo, "PACKED_FROM", 0)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with exgrpo.packed(model):
+        assert not any("forward" in vars(layer) for layer in model.modules())
