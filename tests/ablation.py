@@ -8,6 +8,9 @@ p of the t-test. Seeds vary the order, the draws and the samples; all start from
 
 Arms that begin after SFT on EI share one warm-up a seed. A finished run is not repeated: the same
 command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
+
+The results, OUT/*.json, are a line each and name no folder. tests/data/ablation.jsonl holds those
+behind README.md's table: --known takes them as they are, and runs only what is missing there.
 """
 import argparse
 import concurrent.futures
@@ -105,15 +108,14 @@ def run(args, name, seed):
     (change, flags), folder = ARMS[name], folder_of(args, name, seed)
     probes, result = folder + ".jsonl" if change else args.probes, folder + ".json"
     start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
-    command = ["--eval", *exgrpo.TOY_TESTS, *args.others, *flags, *start, "--probes", probes,
-               "--seed", str(seed), "--out", folder]
-    key = {"command": command, "D_EI": args.digest}
+    key = {"arm": name, "seed": seed, "flags": [*args.others, *flags], "D_EI": args.digest}
     if os.path.exists(result):  # the run was finished
         known = exgrpo.read_json(result)
-        if known["key"] != key:
+        table = known.pop("table")
+        if known != key:
             raise exgrpo.UserError(f"{folder} was made by another command, or of another D_EI: "
                                    "name another --out")
-        return known["table"]
+        return table
     if change:
         header, rows = exgrpo.read_probes(args.probes)
         with exgrpo.atomic(probes) as file:
@@ -122,28 +124,43 @@ def run(args, name, seed):
     resume = ["--resume"] if os.path.exists(folder) else []
     with open(folder + ".log", "a") as log:
         code = subprocess.run(
-            [sys.executable, os.path.join(ROOT, "exgrpo.py"), *command, *resume],
+            [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--eval", *exgrpo.TOY_TESTS,
+             *key["flags"], *start, "--probes", probes, "--seed", str(seed), "--out", folder,
+             *resume],
             stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
         raise exgrpo.UserError(f"the run {folder} ended with code {code}; its words are in "
                                f"{folder}.log")
     counts = exgrpo.read_json(os.path.join(folder, "eval.json"))[exgrpo.AFTER]
     table = {file: 100 * right / n for file, (right, n) in counts.items()}
-    exgrpo.write_json(result, {"key": key, "table": table})
+    with exgrpo.atomic(result) as file:
+        file.write(ei.dump(key | {"table": table}))
     return table
+
+
+def read_known(args):
+    """The results in --known that this command would find -> {(arm, seed): {file: % right}}."""
+    rows = [row for _, row in exgrpo.read_jsonl(args.known)] if args.known else []
+    return {(row["arm"], row["seed"]): row["table"] for row in rows
+            if row["arm"] in ARMS and row["D_EI"] == args.digest
+            and row["flags"] == [*args.others, *ARMS[row["arm"]][1]]}
 
 
 def run_all(args):
     """-> {arm: [{file: % right} of each seed]}; warm-ups before the arms that begin from them."""
-    arms = [name for name in ARMS if name in args.arms
-            or name == WARM and any(ARMS[arm][0] is None for arm in args.arms)]
-    found = {}
-    for wave in ([arm for arm in arms if ARMS[arm][0]], [arm for arm in arms if not ARMS[arm][0]]):
+    found = read_known(args)
+    wanted = [(arm, seed) for seed in range(args.seeds) for arm in ARMS if arm in args.arms]
+    missing = [job for job in wanted if job not in found]
+    warm = [(WARM, seed) for seed in range(args.seeds)
+            if any(ARMS[arm][0] is None for arm, s in missing if s == seed)]
+    for wave in ([job for job in dict.fromkeys(warm + missing) if ARMS[job[0]][0]],
+                 [job for job in missing if not ARMS[job[0]][0]]):
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            jobs = {(arm, seed): pool.submit(run, args, arm, seed)
-                    for seed in range(args.seeds) for arm in wave}
+            jobs = {job: pool.submit(run, args, *job) for job in wave}
         found |= {job: future.result() for job, future in jobs.items()}
-    return {arm: [found[arm, seed] for seed in range(args.seeds)] for arm in arms}
+    return {arm: [found[arm, seed] for seed in range(args.seeds)] for arm in ARMS
+            if arm in [*args.arms, WARM]
+            and all((arm, seed) in found for seed in range(args.seeds))}
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -196,6 +213,7 @@ def main():
     parser.add_argument("--jobs", type=exgrpo.at_least(1), default=2, help="runs side by side")
     parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="ARM",
                         help=f"one or more of: {'; '.join(ARMS)}; all".replace("%", "%%"))
+    parser.add_argument("--known", metavar="FILE", help="results of finished runs, see above")
     parser.add_argument("--against", choices=ARMS, default="ExGRPO", metavar="ARM",
                         help="the arm that the others are compared with")
     args, args.others = parser.parse_known_args()

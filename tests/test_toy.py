@@ -135,7 +135,15 @@ def test_the_ablation_runs_each_arm_once(tmp_path, monkeypatch, capsys):
     assert all(probe["probe"] == row["question"] for row in plain for probe in row["probes"])
     monkeypatch.setattr(ablation.subprocess, "run", None)
     ablation.main()
-    sys.argv += ["--sft-lr", "1e-5"]
+    known = tmp_path / "known.jsonl"
+    known.write_bytes(b"".join(p.read_bytes() for p in sorted((tmp_path / "a").glob("*.json"))))
+    table = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--known", str(known)])
+    sys.argv[sys.argv.index("--out") + 1] = str(tmp_path / "b")
+    ablation.main()
+    assert capsys.readouterr().out == table and os.listdir(tmp_path / "b") == []
+    sys.argv[sys.argv.index("--out") + 1] = str(tmp_path / "a")
+    sys.argv += ["--sft-lr", "1e-5"]  # what is known was run without it
     with pytest.raises(exgrpo.UserError, match="another command"):
         ablation.main()
 
