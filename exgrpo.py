@@ -1611,8 +1611,8 @@ def print_summary(args):
     if n:
         print(f"mean over steps     {'first ' + str(n):>9} {'last ' + str(n):>9}")
         for name in METRICS[1:]:
-            first, last = (np.mean([float(row[name]) for row in part])
-                           for part in (rows[:n], rows[-n:]))
+            first, last = (mean_or_nan([x for row in part if (x := float(row[name])) == x])
+                           for part in (rows[:n], rows[-n:]))  # a step may have no value: nan
             print(f"{name:20}{first:9.3g} {last:9.3g}")
     if args.eval:
         print_table(args)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -454,3 +455,14 @@ def test_no_space_left_at_the_start_or_at_the_end(monkeypatch, capsys, tiny, tmp
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     call(monkeypatch, *flags, *(["--resume"] if stage == "model" else []))
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_step_without_value_does_not_hide_the_others(tmp_path, capsys):
+    """No partial dialogue of a step was right: its adv_partial_correct is nan, the mean is not."""
+    for step in range(4):
+        row = dict.fromkeys(exgrpo.METRICS, 2.0) | {"step": step}
+        exgrpo.append_csv(tmp_path / "metrics.csv",
+                          row | ({"adv_partial_correct": float("nan")} if step == 3 else {}))
+    exgrpo.print_summary(types.SimpleNamespace(out=str(tmp_path), eval=[], student="student"))
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("adv_partial"))
+    assert line.split()[1:] == ["2", "2"]

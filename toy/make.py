@@ -1,6 +1,6 @@
 """The toy world: word problems, a teacher and a student, all made from a seed.
 
-    python toy/make.py     # 53 minutes, torch 2.9 or newer; remakes all of toy/ but curves.png
+    python toy/make.py     # 53 minutes, torch 2.9 or newer; remakes toy/, without its pictures
 
 A problem is a story: somebody has some things, one or two events change their number (gives, gets,
 finds, loses, buys bags, shares), and a question asks for the result. ORACLE knows the probe of
