@@ -142,8 +142,8 @@ def read_known(args):
     """The results in --known that this command would find -> {(arm, seed): {file: % right}}."""
     rows = [row for _, row in exgrpo.read_jsonl(args.known)] if args.known else []
     return {(row["arm"], row["seed"]): row["table"] for row in rows
-            if row["arm"] in ARMS and row["D_EI"] == args.digest
-            and row["flags"] == [*args.others, *ARMS[row["arm"]][1]]}
+            if row.get("arm") in ARMS and row.get("D_EI") == args.digest
+            and row.get("flags") == [*args.others, *ARMS[row["arm"]][1]]}
 
 
 def run_all(args):
