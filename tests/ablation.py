@@ -10,7 +10,7 @@ Arms that begin after SFT on EI share one warm-up a seed. A finished run is not 
 command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
 
 The results, OUT/*.json, are a line each and name no folder. tests/data/ablation.jsonl holds those
-behind README.md's table: --known takes them as they are, and runs only what is missing there.
+behind README.md's second table: --known takes them as they are and runs only what is missing.
 """
 import argparse
 import concurrent.futures

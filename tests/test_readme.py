@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import ablation
 import ei
 import evaluate
 import exgrpo
@@ -36,6 +37,16 @@ def test_ci_runs_the_laptop_commands():
     with open(os.path.join(ROOT, ".ci", "run")) as file:
         ci = file.read().splitlines()
     assert len(commands) >= 3 and not set(commands) - set(ci)
+
+
+def test_the_second_ablation_table_is_that_of_the_recorded_runs(monkeypatch, capsys, tmp_path):
+    """Its command, as written, runs nothing and prints what stands below it."""
+    words = re.search(r"`python (tests/ablation.py --known[^`]*)`", README)[1]
+    monkeypatch.setattr(sys, "argv", [*shlex.split(words), "--out", str(tmp_path)])
+    monkeypatch.setattr(ablation.subprocess, "run", None)
+    monkeypatch.chdir(ROOT)
+    ablation.main()
+    assert f"```\n{capsys.readouterr().out}```" in README
 
 
 def test_line_counts_are_those_of_the_files():
