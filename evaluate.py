@@ -84,7 +84,8 @@ def answer(name, items, args, path):
     generator = torch.Generator(device).manual_seed(args.seed)
     rows = []
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "x", encoding="utf-8") as file, tqdm(total=len(items), unit="question") as bar:
+    with (open(path, "x", encoding="utf-8") as file, exgrpo.packed(model),
+          tqdm(total=len(items), unit="question") as bar):
         write_line(file, {"evaluate": vars(args) | {"asked": name, "torch": torch.__version__}})
         for start in range(0, len(items), args.batch_size):
             batch = slice(start, start + args.batch_size)
@@ -112,13 +113,12 @@ def sample_texts(model, chat, prompts, args, generator):
     """--samples replies to each prompt, drawn from the model as it is (temperature 1)."""
     texts = [[] for _ in prompts]
     widths = [(len(prompt) + args.max_new_tokens) * args.samples for prompt in prompts]
-    with exgrpo.packed(model):
-        for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
-            replies = exgrpo.sample(model, [prompts[i] for i in batch], temperature=1.0,
-                                    max_new_tokens=args.max_new_tokens, stop_ids=chat.stop_ids,
-                                    group_size=args.samples, generator=generator).replies
-            for place, ids in enumerate(replies):
-                texts[batch[place // args.samples]].append(chat.decode(ids))
+    for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
+        replies = exgrpo.sample(model, [prompts[i] for i in batch], temperature=1.0,
+                                max_new_tokens=args.max_new_tokens, stop_ids=chat.stop_ids,
+                                group_size=args.samples, generator=generator).replies
+        for place, ids in enumerate(replies):
+            texts[batch[place // args.samples]].append(chat.decode(ids))
     return texts
 
 

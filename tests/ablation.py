@@ -103,12 +103,17 @@ def folder_of(args, name, seed):
     return os.path.join(args.out, f"{name.replace(', ', '-').replace(' ', '_')}-{seed}")
 
 
+def key_of(args, name, seed):
+    """What tells a run's result from that of any other command."""
+    return {"arm": name, "seed": seed, "flags": [*args.others, *ARMS[name][1]],
+            "D_EI": args.digest}
+
+
 def run(args, name, seed):
     """One arm with one seed -> {file: % right} at its end."""
-    (change, flags), folder = ARMS[name], folder_of(args, name, seed)
+    change, folder, key = ARMS[name][0], folder_of(args, name, seed), key_of(args, name, seed)
     probes, result = folder + ".jsonl" if change else args.probes, folder + ".json"
     start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
-    key = {"arm": name, "seed": seed, "flags": [*args.others, *flags], "D_EI": args.digest}
     if os.path.exists(result):  # the run was finished
         known = exgrpo.read_json(result)
         table = known.pop("table")
@@ -140,17 +145,19 @@ def run(args, name, seed):
 
 def read_known(args):
     """The results in --known that this command would find -> {(arm, seed): {file: % right}}."""
-    rows = [row for _, row in exgrpo.read_jsonl(args.known)] if args.known else []
-    return {(row["arm"], row["seed"]): row["table"] for row in rows
-            if row.get("arm") in ARMS and row.get("D_EI") == args.digest
-            and row.get("flags") == [*args.others, *ARMS[row["arm"]][1]]}
+    found = {}
+    for _, row in exgrpo.read_jsonl(args.known) if args.known else []:
+        table, job = row.pop("table", None), (row.get("arm"), row.get("seed"))
+        if job[0] in ARMS and row == key_of(args, *job):
+            found[job] = table
+    return found
 
 
 def run_all(args):
     """-> {arm: [{file: % right} of each seed]}; warm-ups before the arms that begin from them."""
     found = read_known(args)
-    wanted = [(arm, seed) for seed in range(args.seeds) for arm in ARMS if arm in args.arms]
-    missing = [job for job in wanted if job not in found]
+    missing = [(arm, seed) for seed in range(args.seeds) for arm in ARMS
+               if arm in args.arms and (arm, seed) not in found]
     warm = [(WARM, seed) for seed in range(args.seeds)
             if any(ARMS[arm][0] is None for arm, s in missing if s == seed)]
     for wave in ([job for job in dict.fromkeys(warm + missing) if ARMS[job[0]][0]],

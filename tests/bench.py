@@ -591,14 +591,14 @@ def limit(args):
     buffer = torch.zeros(2 ** 27)
     copy = 2 * buffer.nbytes / seconds(lambda: buffer.clone().copy_(buffer)) * 2
 
-    def products(rows, packed):
+    def products(rows, works):
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
-        works = [layer if packed else functools.partial(torch.nn.functional.linear, weight=w)
-                 for layer, w in zip(layers, weights)]
-        context = exgrpo.packed(model) if packed else contextlib.nullcontext()
-        with torch.no_grad(), exgrpo.autocast(settings, model.device), context:
+        with torch.no_grad():
             return seconds(lambda: [work(inputs[w.shape[1]]) for work, w in zip(works, weights)])
-    bound, many = products(32, True), products(1024, False)
+    many = products(1024, [functools.partial(torch.nn.functional.linear, weight=w)
+                           for w in weights])
+    with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
+        bound = products(32, layers)
     prompts = ragged_prompts(chat)
 
     def decode(n):
