@@ -283,7 +283,7 @@ class LocalModel:
         self.model, self.chat = exgrpo.load_model(name, exgrpo.pick_device(args.device))
         self.max_new_tokens = args.max_new_tokens
         self.stop, self.counts = threading.Event(), collections.Counter()
-        size = exgrpo.count_parameters(self.model) / 1e6
+        size = self.model.num_parameters() / 1e6
         self.about = f"{size:.1f} M parameters, fp32 on {self.model.device}, greedy"
 
     def __call__(self, dialogues):
@@ -736,7 +736,7 @@ def parse_args():
     add("--dry-run", action="store_true", help="only print the prompts and the calls to expect")
     add("--report", metavar="FILE", help="only print the filter table of this D_EI file")
     args = parser.parse_args()
-    if args.teacher == toy + "teacher" and not args.student:
+    if os.path.abspath(args.teacher) == toy + "teacher" and not args.student:
         args.student = toy + "student"
     args.rules = list(RULES) if args.rules == "all" else args.rules.split(",")
     if not set(args.rules) <= set(RULES) or len(set(args.rules)) < len(args.rules):

@@ -77,11 +77,11 @@ def answer(name, items, args, path):
     model, chat = exgrpo.load_model(name, device)
     prompts = [chat.prompt([exgrpo.ask(item["question"], item["answer_type"])]) for item in items]
     check_lengths(model, items, prompts, args.max_new_tokens)
-    print(f"{name}: {exgrpo.count_parameters(model) / 1e6:.1f} M parameters, fp32 on {device}; "
+    print(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, fp32 on {device}; "
           f"{len(items):,} prompts of {sum(map(len, prompts)):,} tokens; a greedy answer and "
           f"{args.samples} samples to each, at most {args.max_new_tokens} tokens; batches of "
           f"{args.batch_size}; into {path}", flush=True)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed % 2 ** 63)
     rows = []
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with (open(path, "x", encoding="utf-8") as file, exgrpo.packed(model),

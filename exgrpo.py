@@ -32,7 +32,6 @@ import hashlib
 import inspect
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -109,7 +108,8 @@ def run(main):
         code = 2
     except torch.OutOfMemoryError as error:
         print(f"error: the GPU's memory is too small for this ({str(error).partition('.')[0]}): "
-              "lower --micro-batch-tokens or --batch-size, or use a smaller model", file=sys.stderr)
+              "lower --micro-batch-tokens or, if it was sampling, --group-size (exgrpo.py), or "
+              "--batch-size (evaluate.py)", file=sys.stderr)
         code = 2
     except OSError as error:  # no space left, no permission, ...: the system's own words
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
@@ -134,7 +134,7 @@ def read_jsonl(path):
                 try:
                     row = json.loads(line)
                     json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
-                except ValueError as error:  # bad UTF-8 is one, too
+                except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
                     raise UserError(f"{where}: not JSON ({error}); mend or delete this line")
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: a JSON object is expected, not {type(row).__name__}")
@@ -310,19 +310,16 @@ def check_model(model):
             extend(model, cache, [ids[:8].tolist(), ids[:5].tolist()])
             ours = extend(model, cache, [ids[8:].tolist(), ids[5:].tolist()])  # (2, V)
         worst = (ours - own).abs().max().item()
+        fault = "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        worst = error
-    if not isinstance(worst, float) or worst > 1e-2:
-        raise UserError(f"the sampler does not reproduce {type(model).__name__} (logits differ: "
-                        f"{worst}); use a Llama-like or GPT-2-like model")
+        fault = in_short(error)
+    if fault:
+        raise UserError(f"the sampler does not reproduce {type(model).__name__} ({fault}); use a "
+                        "Llama-like or GPT-2-like model")
 
 
 def context_size(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def head(model, hidden):
@@ -435,8 +432,8 @@ class Chat:
         self.plain = tokenizer.chat_template is None
         self.end_id = tokenizer.eos_token_id if self.plain else self._end_of_turn(ends - {None})
         if self.end_id is None:
-            raise UserError(f"the tokenizer of {model.name_or_path} has no end token (eos_token), "
-                            "so no reply could stop; add one to its tokenizer_config.json")
+            raise UserError(f"no end token (eos_token) closes a reply of {model.name_or_path}, so it "
+                            "could not stop: see its tokenizer_config.json and chat template")
         self.stop_ids = sorted(ends - {None} | {self.end_id})
         added = tokenizer.added_tokens_decoder.items()
         self.special = {str(token) for i, token in added if token.special or i in self.stop_ids}
@@ -819,21 +816,17 @@ def pad_rows(rows, masks, device):
     return ids, mask
 
 
-def _head_logps(model, hidden, targets, temperature):
-    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. cross_entropy is log_softmax and the
-    choice of the target, in one pass each way: gather - logsumexp takes 1.7 times as long."""
-    logits = head(model, hidden)                                                    # (N, V)
-    logits = logits if temperature == 1 else logits / temperature
-    return -F.cross_entropy(logits, targets, reduction="none")
-
-
 def head_logps(model, hidden, targets, temperature):
-    """The same; with a large vocabulary the logits are formed chunk by chunk, and again in the
-    backward pass: at most LOGITS_HELD exist at a time."""
+    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. With a large vocabulary the logits are
+    formed chunk by chunk, and again in the backward pass: at most LOGITS_HELD exist at a time."""
+    def logps(hidden, targets):  # one pass each way: gather - logsumexp takes 1.7 times as long
+        logits = head(model, hidden)                                                # (N, V)
+        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets,
+                                reduction="none")
     chunk = max(1, LOGITS_HELD // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= chunk:
-        return _head_logps(model, hidden, targets, temperature)
-    return torch.cat([checkpoint(_head_logps, model, h, y, temperature, use_reentrant=False)
+        return logps(hidden, targets)
+    return torch.cat([checkpoint(logps, h, y, use_reentrant=False)
                       for h, y in zip(hidden.split(chunk), targets.split(chunk))])
 
 
@@ -995,12 +988,9 @@ def step_order(n, per_step, seed, step, limit=sys.maxsize):
     """Which of n items step `step` uses, epoch after epoch, each in a new order, nothing dropped.
     A function of (seed, step) alone: a resumed run needs no saved position."""
     places = range(step * per_step, min((step + 1) * per_step, limit))
-    return [int(_permutation(n, seed, place // n)[place % n]) for place in places]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n)
+              for epoch in {place // n for place in places}}
+    return [int(orders[place // n][place % n]) for place in places]
 
 
 def trainable(model):
@@ -1082,11 +1072,11 @@ def open_run(args):
         if not os.path.exists(path):
             raise UserError(f"--resume: {args.out} holds no run (no run.json); leave --resume out")
         theirs = read_json(path)
-        differing = [name for name in mine if mine[name] != theirs.get(name)]
+        differing = [f"{name} = {theirs.get(name)!r}, not {mine[name]!r}" for name in mine
+                     if mine[name] != theirs.get(name)]
         if differing:
-            name = differing[0]
-            raise UserError(f"--resume: the run in {args.out} was started with {name} = "
-                            f"{theirs.get(name)!r}, not {mine[name]!r}; name that or a new --out")
+            raise UserError(f"--resume: the run in {args.out} was started with "
+                            f"{'; '.join(differing)}; use its flags and data, or a new --out")
     elif os.path.isdir(args.out) and set(os.listdir(args.out)) - {"run.json.tmp"}:
         raise UserError(f"{args.out} is not empty: --resume goes on with its run, a new --out "
                         "starts another")
@@ -1113,7 +1103,7 @@ def prepare(args, source, device):
     """The model that a stage trains, with fresh adapters if asked for, and its Chat."""
     model, chat = load_model(source, device)
     if args.lora_rank:
-        torch.manual_seed(args.seed)  # the adapters' start
+        torch.manual_seed(args.seed % 2 ** 63)  # the adapters' start
         add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.24
@@ -1147,16 +1137,16 @@ def sft_backward(model, dialogues, args, weight=1.0):
 
 
 def autocast(args, device):
-    """fp32 weights, bf16 products where --bf16 asks for them."""
+    """bf16 products where --bf16 asks for them; the weights that are trained stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
-def optimizer_step(model, optimizer, args, stage):
+def optimizer_step(model, optimizer, stage):
     """Clips the gradient's norm to 1 and steps -> the norm. If it is not finite, stops the run."""
     norm = float(nn.utils.clip_grad_norm_(trainable(model).values(), MAX_GRAD_NORM))
     if not np.isfinite(norm):
         raise UserError(f"{stage}: the gradient is {norm}, so the run stops before it spoils the "
-                        f"weights; start again with a smaller --lr or --sft-lr")
+                        "weights; start again with a smaller --lr or --sft-lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -1178,7 +1168,7 @@ def warm_up(args, questions, device):
             chosen = step_order(len(examples), args.sft_batch_size, args.seed, step,
                                 limit=len(examples) * args.sft_epochs)
             loss = sft_backward(model, [examples[i] for i in chosen], args)         # Eq. 3
-            optimizer_step(model, optimizer, args, f"SFT step {step + 1}")
+            optimizer_step(model, optimizer, f"SFT step {step + 1}")
             append_csv(os.path.join(args.out, "sft.csv"), {"step": step + 1, "loss": loss})
             bar.set_postfix(loss=f"{loss:.3f}")
             end_step(args, "SFT", step + 1, n_steps, model, optimizer)
@@ -1340,7 +1330,7 @@ def update(policy, reference, optimizer, dialogues, advantages, teacher, args, s
                 metrics[name] += value
         if args.aux_weight > 0 and teacher:
             metrics["aux_loss"] = sft_backward(policy, teacher, args, args.aux_weight)  # Eq. 8
-        metrics["grad_norm"] = optimizer_step(policy, optimizer, args, stage)
+        metrics["grad_norm"] = optimizer_step(policy, optimizer, stage)
     forwarded = sum(sum(dialogues[i].mask) for i in chosen) or 1
     for name in ("kl", "clip_share"):  # per token that was forwarded
         metrics[name] *= n_tokens / forwarded
@@ -1366,8 +1356,10 @@ def reinforce(args, questions, device):
         reference = functools.partial(contextlib.nullcontext, pi_ref)
     optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.lr, weight_decay=0.0)
     start = load_checkpoint(args, "ExGRPO", policy, optimizer)
-    if start < args.steps:
-        forget(args, AFTER)  # a finished run may go on with more --steps
+    if start > args.steps:
+        raise UserError(f"--resume: {start} steps are done, more than --steps {args.steps}")
+    if start < args.steps and AFTER in (table := read_eval(args)):  # it goes on with more --steps
+        write_eval(args, {label: table[label] for label in table if label != AFTER})
     with tqdm(range(start, args.steps), initial=start, total=args.steps, desc="ExGRPO") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -1444,17 +1436,18 @@ def parse_args():
     add = parser.add_argument_group("the machine").add_argument
     add("--micro-batch-tokens", type=at_least(1), default=4096,
         help="padded tokens in a forward pass of training: bounds memory, leaves the result")
-    add("--bf16", action="store_true", help="bf16 autocast over fp32 weights")
+    add("--bf16", action="store_true", help="bf16 autocast; trained weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--save-every", type=at_least(1), default=20, help="steps between checkpoints")
     add("--seed", type=at_least(0), default=0, help="of the data order, the cuts and the samples")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add = parser.add_argument_group("the table at the end").add_argument
     add("--eval", nargs="*", default=TOY_TESTS, metavar="FILE",
-        help="question or D_EI files (.jsonl), asked greedily before SFT, after it and at the end")
+        help="question or D_EI files (.jsonl), asked greedily before SFT, after it and at the end; "
+             "not named, the toy's for the toy's student and none for others")
     add("--eval-limit", type=at_least(1), default=600, help="questions or probes of each file")
     args = parser.parse_args()
-    if args.eval is TOY_TESTS and args.student != TOY_STUDENT:
+    if args.eval is TOY_TESTS and os.path.abspath(args.student) != TOY_STUDENT:
         args.eval = []  # the toy's tests tell nothing of another student
     return args
 
@@ -1516,7 +1509,7 @@ def n_characters(row):
 
 
 def print_plan(args, model, questions, device):
-    size = count_parameters(model) / 1e6
+    size = model.num_parameters() / 1e6
     trained = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "all trained"
     probes = [len(row["probes"]) for row in questions]
     few = sum(n < args.turns for n in probes)
@@ -1544,7 +1537,8 @@ AFTER = "after ExGRPO"
 
 
 def read_eval(args):
-    """OUT/eval.json, {label: {file: [right, n]}}: what a resumed run need not ask again."""
+    """OUT/eval.json, {label: {file: [right, n, digest of what was asked]}}: what a resumed run need
+    not ask again."""
     path = os.path.join(args.out, "eval.json")
     return read_json(path) if os.path.exists(path) else {}
 
@@ -1553,21 +1547,16 @@ def write_eval(args, table):
     write_json(os.path.join(args.out, "eval.json"), table)
 
 
-def forget(args, label):
-    table = read_eval(args)
-    if table.pop(label, None):
-        write_eval(args, table)
-
-
 def assess(args, label, source, device, tests):
     """Greedy accuracy of a model on tests, what load_eval() gave, kept in OUT/eval.json."""
     table = read_eval(args)
-    known = {file: n for file, (_, n) in table.get(label, {}).items()}
-    if not tests or known == {file: len(items) for file, items in tests.items()}:
+    digests = {file: hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
+               for file, items in tests.items()}
+    if not tests or {file: kept[-1] for file, kept in table.get(label, {}).items()} == digests:
         return
     model, chat = load_model(source, device)
-    table[label] = {file: [count_right(model, chat, items, args.max_new_tokens), len(items)]
-                    for file, items in tests.items()}
+    table[label] = {file: [count_right(model, chat, items, args.max_new_tokens), len(items),
+                           digests[file]] for file, items in tests.items()}
     write_eval(args, table)
 
 
@@ -1588,16 +1577,6 @@ def load_eval(args):
     return items
 
 
-def print_table(args):
-    """What assess() found, a line for each stage."""
-    table = read_eval(args)
-    names = list(next(iter(table.values())))
-    print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
-    for label, results in table.items():
-        print(f"{label:23}" + "".join(f"{reward.share(*results[name]):>22}" for name in names))
-    print(f"{'n':23}" + "".join(f"{results[name][1]:>22}" for name in names))
-
-
 def shown(name):
     """A model's name as a command may have it: a local folder by its relative path."""
     return os.path.relpath(name) if os.path.isdir(name) else name
@@ -1614,8 +1593,13 @@ def print_summary(args):
             first, last = (mean_or_nan([x for row in part if (x := float(row[name])) == x])
                            for part in (rows[:n], rows[-n:]))  # a step may have no value: nan
             print(f"{name:20}{first:9.3g} {last:9.3g}")
-    if args.eval:
-        print_table(args)
+    if args.eval:  # what assess() found, a line for each stage
+        table = read_eval(args)
+        names = list(next(iter(table.values())))
+        print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
+        for label, found in table.items():
+            print(f"{label:23}" + "".join(f"{reward.share(*found[x][:2]):>22}" for x in names))
+        print(f"{'n':23}" + "".join(f"{found[name][1]:>22}" for name in names))
     data = " ".join(map(os.path.relpath, args.eval)) if args.eval else "QUESTIONS.jsonl"
     student = shown(args.student)
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"

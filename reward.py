@@ -267,7 +267,7 @@ def dsu_bonus(full, partial, delta, nu):
 
     Compared as exact fractions, with nu as it is written: 0.6 is not more than 1.2 times 0.5.
     """
-    better = sum(full) * len(partial) > Fraction(str(nu)) * sum(partial) * len(full)
+    better = sum(full) * len(partial) > Fraction(str(nu)) * Fraction(sum(partial)) * len(full)
     return float(delta) if better else 0.0
 
 

@@ -10,9 +10,8 @@ Arms that begin after SFT on EI share one warm-up a seed. A finished run is not 
 command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
 
 The results, OUT/*.json, are a line each and name no folder. tests/data/ablation.jsonl holds those
-behind README.md's second table: --known takes them as they are and runs only what is missing.
+behind README.md's tables: --known takes them as they are and runs only what is missing.
 """
-import argparse
 import concurrent.futures
 import math
 import os
@@ -94,7 +93,8 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "10 % of the data": (part(0.10), []),
     "25 % of the data": (part(0.25), []),
     "50 % of the data": (part(0.50), []),
-    **{f"{rule} alone": (one_rule(rule), ["--turns", "1"]) for rule in ei.RULES}}
+    # One rule's probes, SFT only, as in the paper: compare with SFT on EI.
+    **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES}}
 
 
 # ---------------------------------------------------------------------------------------- the runs
@@ -137,7 +137,7 @@ def run(args, name, seed):
         raise exgrpo.UserError(f"the run {folder} ended with code {code}; its words are in "
                                f"{folder}.log")
     counts = exgrpo.read_json(os.path.join(folder, "eval.json"))[exgrpo.AFTER]
-    table = {file: 100 * right / n for file, (right, n) in counts.items()}
+    table = {file: 100 * right / n for file, (right, n, _) in counts.items()}
     with exgrpo.atomic(result) as file:
         file.write(ei.dump(key | {"table": table}))
     return table

@@ -15,8 +15,8 @@ with a word.
     --model FOLDER  --dtype fp32|bf16  --threads N  --repeats N
 
 Contenders run in processes of their own and take turns, so that a busy machine is busy for all;
-figures are medians of CPU seconds. Without --model it is $EXGRPO_MODELS/smollm2, else the toy
-student, else a tiny random model.
+figures are medians of CPU seconds. Without --model it is $EXGRPO_MODELS/smollm2, or else the toy
+student.
 """
 import argparse
 import contextlib
@@ -36,8 +36,13 @@ import threading
 import time
 import types
 
+import torch
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
+import ei  # noqa: E402
+import exgrpo  # noqa: E402
+import reward  # noqa: E402
 
 
 def cpu():
@@ -64,7 +69,6 @@ def grader():
 
     reward.py was written against this table: its own row is a regression figure, not an estimate.
     """
-    import reward
     from test_reward import CASES
     cases = [case for case in CASES if case[1] in ("number", "math")]
     graders = {"reward.py": reward.is_correct,
@@ -118,7 +122,6 @@ def serve():
 def stream(url, n, folder):
     """n questions through ei.py -> seconds; a line of memory every tenth. Each question is one
     request (R1, declined)."""
-    import ei
     data, out = os.path.join(folder, f"q{n}.jsonl"), os.path.join(folder, f"p{n}.jsonl")
     with open(data, "w") as file:
         for i in range(n):
@@ -189,13 +192,15 @@ def race(args, contenders):
     laps, peaks = {name: [] for name in contenders}, {}
     for turn in range(args.repeats + 1):
         for name, runner in list(runners.items()):
-            if listen(runner, "READY") is None:
+            lap = None
+            if listen(runner, "READY") is not None:
+                print("go", file=runner.stdin, flush=True)
+                lap = listen(runner, "LAP")
+            if lap is None:
                 words = runner.stderr.read().strip().splitlines() or ["no word"]
                 print(f"{name}: skipped ({words[-1]})")
                 del runners[name]
                 continue
-            print("go", file=runner.stdin, flush=True)
-            lap = listen(runner, "LAP")
             if turn:  # the first one warms up
                 laps[name].append(lap)
     for name, runner in runners.items():
@@ -227,18 +232,11 @@ def model_folder(args):
         sys.exit(f"error: --model {args.model}: there is no such folder")
     local = os.path.join(os.environ.get("EXGRPO_MODELS", ""), "smollm2")
     toy = os.path.join(os.path.dirname(HERE), "toy", "student")
-    for folder in filter(os.path.isdir, filter(None, (args.model, local, toy))):
-        return folder
-    import tiny
-    folder = os.path.join(tempfile.gettempdir(), "exgrpo-bench-tiny")
-    made = os.path.exists(os.path.join(folder, "tokenizer_config.json"))
-    return folder if made else tiny.tiny_model_folder("llama", folder)
+    return next(filter(os.path.isdir, filter(None, (args.model, local, toy))))
 
 
 def load(args):
     """(model, chat) as exgrpo.py loads them, and the settings of a step."""
-    import torch
-    import exgrpo
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model, chat = exgrpo.load_model(model_folder(args), torch.device("cpu"))
@@ -268,7 +266,6 @@ def ragged_prompts(chat):
 
 def hf_generate(model, prompts, copies, new_tokens):
     """transformers' generate over the full vocabulary, left-padded -> lists of new ids."""
-    import torch
     T = max(map(len, prompts))
     ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
@@ -281,13 +278,10 @@ def hf_generate(model, prompts, copies, new_tokens):
 
 def as_peer(args, model):
     """For generate, bf16 means bf16 weights: faster there than autocast over fp32 ones."""
-    import torch
     return model.to(torch.bfloat16) if args.dtype == "bf16" else model
 
 
 def contend_sample(args, lap):
-    import torch
-    import exgrpo
     model, chat, settings = load(args)
     prompts = ragged_prompts(chat)
     while True:
@@ -311,8 +305,6 @@ def scripts_of(chat, args):
 
 
 def contend_dialogue(args, lap, forked):
-    import torch
-    import exgrpo
     model, chat, settings = load(args)
     (*probes, final), cut = scripts_of(chat, args)
     while True:
@@ -349,8 +341,6 @@ def contend_rendered(args, lap, apart):
 
 def single_turns(chat, args):
     """The dialogues of the training step: four groups of replies to ragged prompts."""
-    import torch
-    import exgrpo
     generator, dialogues = torch.Generator().manual_seed(0), []
     for prompt in ragged_prompts(chat):
         for _ in range(args.group):
@@ -365,9 +355,6 @@ def single_turns(chat, args):
 
 def updater(args, model, settings):
     """(dialogues) -> one ExGRPO update with a frozen reference; no advantage is 0."""
-    import contextlib
-    import torch
-    import exgrpo
     reference = exgrpo.load_model(model_folder(args), torch.device("cpu"))[0]
     exgrpo.freeze(reference, settings.bf16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -389,7 +376,6 @@ def contend_update(args, lap):
 
 def contend_padded(args, lap):
     """The same update with the padded form, token_logprobs, in place of the trees."""
-    import exgrpo
 
     def plant_batches(dialogues, model, budget):
         for batch in exgrpo.micro_batches([len(d.ids) for d in dialogues], budget):
@@ -404,8 +390,6 @@ def contend_padded(args, lap):
 
 def contend_head(args, lap, chunked):
     """Forward and backward of the loss alone: 2,048 trained tokens, the head of gemma3-270m."""
-    import torch
-    import exgrpo
     torch.set_num_threads(args.threads)
     head = torch.nn.Linear(640, 262144, bias=False)
     config = types.SimpleNamespace(get_text_config=lambda: None)
@@ -467,8 +451,6 @@ def contend_trl(args, lap, checkpointing):
 
 def contend_whole(args, lap):
     """A whole step: full and forked partial dialogues of some questions, then the update."""
-    import torch
-    import exgrpo
     model, chat, settings = load(args)
     update = updater(args, model, settings)
     (*probes, final), cut = scripts_of(chat, args)
@@ -485,7 +467,6 @@ def contend_whole(args, lap):
 
 def contend_trl_whole(args, lap):
     """The same dialogues by TRL: generate anew each turn, both scenarios sampled apart."""
-    import exgrpo
     _, chat, _ = load(args)
     (*probes, final), cut = scripts_of(chat, args)
 
@@ -526,10 +507,6 @@ CONTENDERS = {
 }
 
 
-def sampling(args):
-    race(args, ["exgrpo.sample", "generate"])
-
-
 def dialogue(args):
     args.new_tokens = 48
     race(args, ["full dialogues, cache kept", "full, generate anew each turn"])
@@ -548,10 +525,6 @@ def step(args):
     args.micro_batch_tokens = 400  # trees of four replies and their prompt; TRL takes 8 rows
     race(args, ["exgrpo.update", "exgrpo.update, padded", "TRL, its default",
                 "TRL, without checkpointing"])
-
-
-def head(args):
-    race(args, ["loss, chunk by chunk", "loss, all logits"])
 
 
 def whole(args):
@@ -573,8 +546,6 @@ def growth(args):
 
 def limit(args):
     """Decoding and training beside the matrix products of the model's own shapes, and a copy."""
-    import torch
-    import exgrpo
     model, chat, settings = load(args)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
@@ -623,8 +594,10 @@ def limit(args):
 
 
 BENCHMARKS = {"grader": lambda args: grader(), "ei": lambda args: stage1(),
-              "sampling": sampling, "dialogue": dialogue, "turns": turns,
-              "step": step, "head": head, "whole": whole, "growth": growth, "limit": limit}
+              "sampling": lambda args: race(args, ["exgrpo.sample", "generate"]),
+              "dialogue": dialogue, "turns": turns, "step": step,
+              "head": lambda args: race(args, ["loss, chunk by chunk", "loss, all logits"]),
+              "whole": whole, "growth": growth, "limit": limit}
 
 
 def parse_args():
@@ -652,6 +625,7 @@ if __name__ == "__main__":
         CONTENDERS[args.name](args, Lap())
     for benchmark in args.benchmark or ["grader"]:
         if benchmark not in ("grader", "ei"):
-            print(f"{benchmark}: {os.path.basename(model_folder(args))}, {args.dtype}, "
-                  f"{args.threads} thread(s), {cpu()}")
+            what = "gemma3's head, fp32" if benchmark == "head" else (
+                f"{os.path.basename(model_folder(args))}, {args.dtype}")
+            print(f"{benchmark}: {what}, {args.threads} thread(s), {cpu()}")
         BENCHMARKS[benchmark](types.SimpleNamespace(**vars(args)))

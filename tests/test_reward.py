@@ -231,10 +231,13 @@ def test_hostile_outputs_take_milliseconds(name):
     ([1, 0], [1, 1], 1, False), ([1, 0, 0, 0], [0, 0, 0, 0], 3, True), ([1, 1], [1, 0], 2, False),
     ([1] * 6 + [0] * 4, [1, 0], 1.2, False),         # 0.6 is not more than 1.2 * 0.5
     ([1] * 61 + [0] * 39, [1, 0], 1.2, True), ([1] * 3 + [0] * 7, [1] + [0] * 9, 3.0, False),
-    ([1, 1, 0], [1, 0, 1, 0], 1.0, True), ([1, 1], [], 1, False)])
+    ([1, 1, 0], [1, 0, 1, 0], 1.0, True), ([1, 1], [], 1, False),
+    ([1] * 29 + [0] * 3, [1] * 25 + [0] * 7, 1.16, False)])
 def test_the_bonus_is_paid_if_full_beats_nu_times_partial(full, partial, nu, paid):
     """In floats 1.2 * 0.5 may fall on either side of 0.6; the margin is compared exactly."""
     assert dsu_bonus(full, partial, 0.5, nu) == (0.5 if paid else 0.0)
+    as_floats = [[float(x) for x in group] for group in (full, partial)]  # as exgrpo.py has them
+    assert dsu_bonus(*as_floats, 0.5, nu) == (0.5 if paid else 0.0)
     assert isinstance(dsu_bonus(full, partial, 1, nu), float)
 
 

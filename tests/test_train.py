@@ -264,6 +264,8 @@ def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_pat
     assert go(1, *one) == 2                          # before and after
     assert go(1, *one, "--resume") == 0
     assert go(2, *one, "--resume") == 1              # the model has changed
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    assert go(2, *one, "--resume") == 2              # another file of the same name and length
     assert go(2, *both, "--resume") == 4             # the questions have
     assert go(2, *both, "--resume", "--eval-limit", 2) == 4 and set(asked) == {2}
 
@@ -312,6 +314,7 @@ ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rat
     ([ROW], ["bad.jsonl:1", "no D_EI file"]),
     ([HEADER, "{broken"], ["bad.jsonl:2", "not JSON"]),
     ([HEADER, "[1, 2]"], ["bad.jsonl:2", "object"]),
+    ([HEADER, "[" * 100_000], ["bad.jsonl:2", "not JSON"]),
     ([HEADER, '{"id": "\\ud83d"}'], ["bad.jsonl:2", "surrogate"]),
     ([HEADER, ROW, "", ROW], ["bad.jsonl:3", "not JSON"]),
     ([HEADER, ROW, ROW], ["bad.jsonl:3", '"a"', "bad.jsonl:2"]),
@@ -408,6 +411,24 @@ def test_a_tokenizer_without_end_token(monkeypatch, capsys, tiny, tmp_path):
           saying=["no end token", "eos_token"])
 
 
+def test_a_model_that_computes_nan_is_refused(monkeypatch, capsys, tiny, tmp_path):
+    """nan is not above any threshold: a comparison the other way round lets it pass."""
+    model, tokenizer = (kind.from_pretrained(tiny("llama"))
+                        for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model.model.norm.weight.data[:] = float("nan")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "broken")
+    fails(monkeypatch, capsys, "--student", tmp_path / "broken", "--probes", PROBES, "--out",
+          tmp_path / "run", saying=["does not reproduce LlamaForCausalLM", "differ by nan"])
+
+
+def test_the_toys_student_is_known_by_any_path(monkeypatch):
+    """ei.py's last line names it by a relative one."""
+    for student, files in ((os.path.relpath(exgrpo.TOY_STUDENT), exgrpo.TOY_TESTS), ("x/y", [])):
+        monkeypatch.setattr(sys, "argv", ["exgrpo.py", "--student", student])
+        assert exgrpo.parse_args().eval == files
+
+
 def test_another_run_is_never_overwritten(monkeypatch, capsys, tiny, tmp_path):
     out = tmp_path / "run"
     flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1, "--out", out]
@@ -415,7 +436,9 @@ def test_another_run_is_never_overwritten(monkeypatch, capsys, tiny, tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     fails(monkeypatch, capsys, *flags, saying=["not empty", "--resume"])
-    fails(monkeypatch, capsys, *flags, "--resume", "--beta", 0.5, saying=["beta", "0.04", "0.5"])
+    fails(monkeypatch, capsys, *flags, "--resume", "--beta", 0.5, "--lora-rank", 2,
+          saying=["beta", "0.04", "0.5", "lora_rank"])
+    fails(monkeypatch, capsys, *flags, "--resume", "--steps", 0, saying=["1 steps are done"])
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 

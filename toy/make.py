@@ -144,15 +144,11 @@ def pick(p, options):
     return options[p.start % len(options)]
 
 
-def options(texts):
-    return "\n".join(f"({letter}) {text}" for letter, text in zip("ABC", texts))
-
-
 def choose(p, question, right, *wrong):
     """-> (the question with its options, the letter of the right one)."""
     texts = [right, *wrong]
     texts = texts[p.start % 3:] + texts[:p.start % 3]
-    return f"{question}\n{options(texts)}", "ABC"[texts.index(right)]
+    return ei.lettered(question, texts, texts.index(right))[:2]
 
 
 def after(word):
@@ -218,10 +214,6 @@ def hypothesis(p):
             p.reasoning(), "yesno", "yes" if claim == p.result() else "no")
 
 
-def reversal(p):
-    return p.backward()
-
-
 def transfer(p):
     return p._replace(A=after(p.A), B=after(p.B), o=after(p.o)).forward()
 
@@ -240,7 +232,7 @@ def cause(p):
 
 
 ORACLE = {"R1": counterfactual, "R2": challenge, "R3": decomposition, "R4": why, "R5": mechanism,
-          "R6": contrast, "R7": hypothesis, "R8": reversal, "R9": transfer, "R10": cause}
+          "R6": contrast, "R7": hypothesis, "R8": Problem.backward, "R9": transfer, "R10": cause}
 
 
 # ------------------------------------------------------------------------------ what is read of it
@@ -264,9 +256,8 @@ def small_talk(rng):
         return item((f"Is {v} more than {n}?", f"Compare {v} and {n}.", "yesno",
                      "yes" if v > n else "no"))
     numbers = [int(x) for x in rng.choice(20, 3, replace=False) + 1]
-    letter = "ABC"[int(np.argmax(numbers))]
-    return item(("Which number is the largest?\n" + options(numbers),
-                 f"The largest is {max(numbers)}.", "choice", letter))
+    probe, letter, *_ = ei.lettered("Which number is the largest?", numbers, np.argmax(numbers))
+    return item((probe, f"The largest is {max(numbers)}.", "choice", letter))
 
 
 def story_talk(rng, one_step):
@@ -282,8 +273,8 @@ def story_talk(rng, one_step):
         return item((f"{question} Is it {said}?", rationale, "yesno",
                      "yes" if said == result else "no"))
     numbers = [int(x) for x in rng.permutation(numbers)]
-    return item((f"{question}\n{options(numbers)}", rationale, "choice",
-                 "ABC"[numbers.index(result)]))
+    question, letter, *_ = ei.lettered(question, numbers, numbers.index(result))
+    return item((question, rationale, "choice", letter))
 
 
 def student_dialogue(rng, chat):
@@ -450,7 +441,7 @@ def write_model(name):
     tokenizer = make_tokenizer(all_texts())
     model = make_model(tokenizer, width, layers=3, seed=0)
     chat = exgrpo.Chat(tokenizer, model)
-    print(f"{name}: {exgrpo.count_parameters(model):,} parameters")
+    print(f"{name}: {model.num_parameters():,} parameters")
     for lesson in lessons:
         pretrain(model, chat, *lesson)
     os.makedirs(os.path.join(TOY, name), exist_ok=True)
