@@ -23,6 +23,7 @@ Where the paper is silent or ambiguous, we chose:
     forwarded: it adds nothing to the objective, and its KL term is left out too.
  6. Eq. 8 trains the teacher's reply at every probe turn of a teacher-forced dialogue, and not the
     final turn; as a mean over its tokens, where the paper has a sum.
+ 7. The values of delta, nu and the weight of Eq. 8, and the rule of scale_learning_rates, are ours.
 """
 import argparse
 import contextlib
