@@ -24,7 +24,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -737,7 +736,7 @@ def parse_args():
     add("--report", metavar="FILE", help="only print the filter table of this D_EI file")
     args = parser.parse_args()
     if os.path.abspath(args.teacher) == toy + "teacher" and not args.student:
-        args.student = toy + "student"
+        args.student = exgrpo.TOY_STUDENT
     args.rules = list(RULES) if args.rules == "all" else args.rules.split(",")
     if not set(args.rules) <= set(RULES) or len(set(args.rules)) < len(args.rules):
         raise UserError(f"--rules: name each rule once, as in {','.join(RULES)}")
@@ -752,7 +751,7 @@ def make_header(args):
     for key in ("teacher", "student", "data"):
         header[key] = header[key] and header[key].removeprefix(HERE + os.sep)
     prompts = repr((TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES))
-    return header | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()[:12]}
+    return header | {"prompts": exgrpo.digest(prompts)}
 
 
 def dry_run(questions, rules):

@@ -214,6 +214,10 @@ def sha256_of(path):
         return hashlib.sha256(file.read()).hexdigest()
 
 
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def lock(file, busy):
     """Locks an open file until it is closed; if another process holds it, an error says `busy`."""
     try:
@@ -1551,8 +1555,7 @@ def write_eval(args, table):
 def assess(args, label, source, device, tests):
     """Greedy accuracy of a model on tests, what load_eval() gave, kept in OUT/eval.json."""
     table = read_eval(args)
-    digests = {file: hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
-               for file, items in tests.items()}
+    digests = {file: digest(json.dumps(items)) for file, items in tests.items()}
     if not tests or {file: kept[-1] for file, kept in table.get(label, {}).items()} == digests:
         return
     model, chat = load_model(source, device)

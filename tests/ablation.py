@@ -93,7 +93,7 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "10 % of the data": (part(0.10), []),
     "25 % of the data": (part(0.25), []),
     "50 % of the data": (part(0.50), []),
-    # One rule's probes, SFT only, as in the paper: compare with SFT on EI.
+    # One rule's probes (so --turns is 1), SFT only, as in the paper: compare with SFT on EI.
     **{f"{rule} alone": (one_rule(rule), ["--steps", "0", "--turns", "1"]) for rule in ei.RULES}}
 
 

@@ -53,13 +53,9 @@ class Neighbours:
         self.stop, self.counts = None, {}
 
     def __call__(self, dialogues):
-        beside = " ".join(turns[-1][-40:] for turns in dialogues if len(turns) == 3)
-        return [(f"PROBE: {i} of {hash_of(beside)}?\nREASONING: r.\nTYPE: yesno\nANSWER: yes", "")
+        mark = exgrpo.digest(" ".join(turns[-1][-40:] for turns in dialogues if len(turns) == 3))
+        return [(f"PROBE: {i} of {mark}?\nREASONING: r.\nTYPE: yesno\nANSWER: yes", "")
                 for i, _ in enumerate(dialogues)]
-
-
-def hash_of(text):
-    return ei.hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_resumed_batch_has_the_members_that_it_always_had(monkeypatch, capsys, tmp_path):
