@@ -694,9 +694,11 @@ def stream_questions(source, split="train"):
         raise UserError(f"--split {split}: {source} has no such split; use train or test")
     try:
         for i, row in enumerate(fetch(source, split)):
-            mapped = DATASETS[source][0](row)
-            if mapped:  # some rows have no gold answer
-                yield dict(zip(keys, (f"{source}-{split}-{i}", *(text.strip() for text in mapped))))
+            texts = DATASETS[source][0](row)
+            if texts:  # some rows have no gold answer, and some one that could not be graded
+                row = dict(zip(keys, (f"{source}-{split}-{i}", *map(str.strip, texts))))
+                if exgrpo.can_be_right(row):
+                    yield row
     except UserError:
         raise
     except Exception as error:  # of many kinds: the network's, those of `datasets`, a changed field

@@ -312,7 +312,10 @@ PANELS = {"reward": ["reward"], "accuracy: full, partial (dashed)": ["acc_full",
 def read_metrics(run):
     """RUN/metrics.csv, which exgrpo.py writes -> a numpy table, a row a step; no value is nan."""
     path = os.path.join(run, "metrics.csv")
+    empty = UserError(f"{path}: there is no step in it yet")
     try:
+        if not os.path.getsize(path):
+            raise empty
         table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); --curves wants --out folders of exgrpo.py")
@@ -320,7 +323,7 @@ def read_metrics(run):
         if name not in (table.dtype.names or ()):
             raise UserError(f"{path}:1: no column {name}; this version of exgrpo.py writes one")
     if not len(table):
-        raise UserError(f"{path}: there is no step in it yet")
+        raise empty
     return table
 
 

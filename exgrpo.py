@@ -19,8 +19,8 @@ Where the paper is silent or ambiguous, we chose:
  3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step, one divisor counted before the first
     micro-batch, so that a token's weight depends on nothing else. KL is k3, per token.
- 5. A dialogue of advantage 0 (its group's outcomes are all equal, and no bonus was paid) is not
-    forwarded: it adds nothing to the objective, and its KL term is left out too.
+ 5. A dialogue of advantage 0 (as where a group's outcomes are all equal, and no bonus was paid) is
+    not forwarded: it adds nothing to the objective, and its KL term is left out too.
  6. Eq. 8 trains the teacher's reply at every probe turn of a teacher-forced dialogue, and not the
     final turn; as a mean over its tokens, where the paper has a sum.
  7. The values of delta, nu and the weight of Eq. 8, and the rule of scale_learning_rates, are ours.
@@ -63,7 +63,7 @@ except ImportError:  # Windows
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOGITS_HELD = 2 ** 26  # floats, 256 MiB: more logits than these are formed chunk by chunk
 MAX_GRAD_NORM = 1.0
-STOP = threading.Event()  # set by Ctrl-C and SIGTERM: the step is finished and saved, then we leave
+STOP = threading.Event()  # set by Ctrl-C and SIGTERM: what is under way is finished, then we leave
 
 
 # --------------------------------------------------------- the user's files and the user's mistakes
@@ -158,9 +158,17 @@ def check_question(row, where, keys=("id", "question", "answer"), seen=None):
     if row["answer_type"] not in reward.INSTRUCTION:
         raise UserError(f'{where}: unknown answer_type "{row["answer_type"]}"; '
                         f"it is one of {', '.join(reward.INSTRUCTION)}")
+    if "id" in keys and not can_be_right(row):
+        raise UserError(f"{where}: the answer {row['answer']!r} cannot be read as a "
+                        f'"{row["answer_type"]}", so that no reply could be right; mend it')
     if seen is not None and seen.setdefault(row["id"], where) != where:
         raise UserError(f'{where}: the id "{row["id"]}" stands at {seen[row["id"]]} already')
     return row
+
+
+def can_be_right(row):
+    """Is a reply that states the question's own answer graded as right?"""
+    return reward.is_correct(f"The answer is {row['answer']}.", row["answer"], row["answer_type"])
 
 
 def read_probes(path):
@@ -282,7 +290,7 @@ def load_model(name, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+            path, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # of many kinds: OSError, ValueError, ImportError, ...
         raise UserError(f"the model {path} is there, but cannot be loaded ({in_short(error)})")
     for parameter in model.parameters():  # out of the memory-mapped file: aligned, so reproducible
@@ -1021,14 +1029,17 @@ def save_checkpoint(args, stage, step, model, optimizer):
 
 def load_checkpoint(args, stage, model, optimizer):
     """Puts the state of this stage back and returns its step, or 0. What its logs hold beyond that
-    step will be written again, so it is cut off."""
+    step will be written again, so it is cut off; a log that was deleted begins anew."""
     path = os.path.join(args.out, "checkpoint.pt")
     state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else {}
     if state.get("stage") != stage:
         state = {"step": 0, "log_sizes": [0] * len(LOGS[stage])}
     for name, size in zip(LOGS[stage], state["log_sizes"]):
         with open(os.path.join(args.out, name), "ab") as log:
-            log.truncate(size)
+            if 0 < log.tell() < size:
+                raise UserError(f"{log.name} is shorter than when the checkpoint was saved: put it "
+                                "back, or delete it to begin a new one, and go on with --resume")
+            log.truncate(min(size, log.tell()))
     if state["step"]:
         with torch.no_grad():
             for name, parameter in trainable(model).items():
@@ -1088,7 +1099,7 @@ def open_run(args):
     else:
         os.makedirs(args.out, exist_ok=True)
         write_json(path, mine)
-    file = open(path, "rb")
+    file = open(path, "r+b")  # NFS locks no file that is open for reading only
     lock(file, f"another process is working on the run in {args.out}; wait for it, or name another "
                "--out")
     return file
@@ -1493,24 +1504,30 @@ def check_lengths(model, chat, questions, tests, args):
     def taught(rows):
         return len(teacher_dialogue(chat, rows).ids)
 
-    def check(kind, dialogues, count):
-        for rows in sorted(dialogues, key=lambda rows: -sum(map(n_characters, rows)))[:10]:
+    def check(kind, dialogues, size, count):
+        for rows in sorted(dialogues, key=lambda rows: -sum(map(size, rows)))[:10]:
             if count(rows) > limit:
                 raise UserError(f"{kind} that ends in {as_asked(rows[-1])[:60]!r} may have "
                                 f"{count(rows)} tokens, the model reads {limit}; lower --turns or "
                                 "--max-new-tokens, or leave that text out")
-    probes = [sorted(row["probes"], key=n_characters)[::-1][:k] for row in questions]
-    check("a dialogue", [[*drawn, row] for drawn, row in zip(probes, questions)],
+    def longest(row, size):
+        return sorted(row["probes"], key=size)[::-1][:k]
+    check("a dialogue", [[*longest(row, n_asked), row] for row in questions], n_asked,
           lambda rows: user(rows) + room * len(rows))
-    check("a teacher's dialogue", probes if k else [], taught)
+    check("a teacher's dialogue", [longest(row, n_taught) for row in questions if k], n_taught,
+          taught)
     check("an example", [[row] for question in questions
-                         for row in (question, *question["probes"])], taught)
-    check("a test", [[row] for rows in tests.values() for row in rows],
+                         for row in (question, *question["probes"])], n_taught, taught)
+    check("a test", [[row] for rows in tests.values() for row in rows], n_asked,
           lambda rows: user(rows) + room)
 
 
-def n_characters(row):
-    return len(as_asked(row)) + len(row["rationale"])
+def n_asked(row):
+    return len(as_asked(row))
+
+
+def n_taught(row):
+    return len(as_asked(row)) + len(teacher_reply(row))
 
 
 def print_plan(args, model, questions, device):
@@ -1559,9 +1576,13 @@ def assess(args, label, source, device, tests):
     if not tests or {file: kept[-1] for file, kept in table.get(label, {}).items()} == digests:
         return
     model, chat = load_model(source, device)
-    table[label] = {file: [count_right(model, chat, items, args.max_new_tokens), len(items),
-                           digests[file]] for file, items in tests.items()}
-    write_eval(args, table)
+    found = {}
+    for file, items in tests.items():
+        if STOP.is_set():
+            raise KeyboardInterrupt("Go on with --resume")
+        right = count_right(model, chat, items, args.max_new_tokens)
+        found[file] = [right, len(items), digests[file]]
+    write_eval(args, table | {label: found})
 
 
 def load_eval(args):

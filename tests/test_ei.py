@@ -633,6 +633,7 @@ def test_bad_questions_end_in_one_line(run_ei, tmp_path, content, words):
 @pytest.mark.parametrize("change, words", [({"question": " "}, '"question" is empty'),
                                            ({"answer_type": "essay"},
                                             'unknown answer_type "essay"'),
+                                           ({"answer": "a few"}, "the answer 'a few' cannot be"),
                                            ({"id": "rolls"}, 'the id "rolls" stands at')])
 def test_bad_rows_name_their_line(run_ei, tmp_path, change, words):
     rows = [json.loads(line) for line in open(QUESTIONS)]

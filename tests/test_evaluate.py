@@ -264,7 +264,8 @@ def bad(tmp_path, models):
     write_jsonl(tmp_path / "no_output.jsonl", [header, answers[0] | {"output": None}])
     write_jsonl(tmp_path / "no_answers.jsonl", [header])
     (tmp_path / "cut.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(answers[0])[:40])
-    for name, text in ("no_kl", "step,reward\n1,0.5\n"), ("no_step", ",".join(METRICS) + "\n"):
+    for name, text in ("no_kl", "step,reward\n1,0.5\n"), ("no_step", ",".join(METRICS) + "\n"), (
+            "begun", ""):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(text)
     (tmp_path / "full").mkdir()
@@ -299,6 +300,7 @@ METRICS = ["step", "reward", "acc_full", "acc_partial", "bonus_share", "kl", "re
     ("--curves {}/full", "cannot read"),
     ("--curves {}/no_kl", "no_kl/metrics.csv:1: no column acc_full"),
     ("--curves {}/no_step", "no step in it yet"),
+    ("--curves {}/begun", "no step in it yet"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(command, says, bad, models, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace())  # found, but nothing is drawn

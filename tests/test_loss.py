@@ -12,6 +12,7 @@ import torch
 import exgrpo
 import reward
 from test_sampler import KINDS
+from tiny import tiny_tokenizer
 
 with open(os.path.join(os.path.dirname(__file__), "data", "trl.json")) as file:
     TRL = json.load(file)  # its "source" says what these numbers are
@@ -155,10 +156,41 @@ def test_padding_may_hold_anything_and_inputs_stay_as_they_are():
     loss.backward()
     assert loss.item() == pytest.approx(clean.item())
     assert torch.isfinite(dirty[0].grad).all()
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(dirty, copies))
+    assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(dirty, copies))
 
 
 # ------------------------------------------------------------------ the bonus and what a group is
+
+def test_the_bonus_reaches_the_advantages(loaded):
+    """D25: dead, or paid the other way round, it would look like one that works, as long as the
+    rewards rise for other reasons."""
+    _, chat = loaded("llama")
+
+    def answers(*texts):
+        dialogues = [exgrpo.Dialogue() for _ in texts]
+        for dialogue, text in zip(dialogues, texts):
+            dialogue.add_user(chat.first("Why?"))
+            dialogue.add_reply(chat.encode(f"The answer is {text}.") + [chat.end_id], chat)
+        return dialogues
+    probe = {"answer": "5", "answer_type": "number"}
+    played = exgrpo.Rollout([{"answer": "3", "answer_type": "number"}] * 2, [[probe], [probe]],
+                            answers("3", "3", "4", "3", "4", "4"),   # 2/3, paid; 1/3, not paid
+                            answers("3", "4", "4", "3", "3", "4"))   # 1/3; 2/3
+    args = types.SimpleNamespace(group_size=3, delta=0.5, nu=1.0, advantage="added",
+                                 partial="forked")
+    advantages, metrics = exgrpo.pay(chat, played, args)
+    most, least = 2 / 3 / (3 ** -0.5 + 1e-4), 1 / 3 / (3 ** -0.5 + 1e-4)
+    two, one = [least, least, -most], [most, -least, -least]   # right of three, without bonus
+    expected = [least + 0.5, least + 0.5, -most, *one, *one, *two]
+    assert advantages.tolist() == pytest.approx(expected)
+    assert metrics["bonus_share"] == 0.5 and metrics["unparsed"] == 0
+    assert metrics["acc_full"] == metrics["acc_partial"] == 0.5 and metrics["acc_probes"] == 0
+    assert metrics["reward"] == pytest.approx((2 * 1.5 + 1 + 1 + 2) / 12)
+    args.delta = 0.0
+    advantages, metrics = exgrpo.pay(chat, played, args)
+    assert advantages.tolist() == pytest.approx([*two, *one, *one, *two])
+    assert metrics["bonus_share"] == 0
+
 
 def paid(full, partial, delta, variant):
     bonus = reward.dsu_bonus(full, partial, delta, 1.0)
@@ -227,20 +259,24 @@ def test_token_logprobs_padded_equal_unpadded(loaded, kind):
 
 
 def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
-    """D29: with a large vocabulary the logits are formed in chunks, and again in the backward
-    pass."""
+    """D29: with a large vocabulary the logits are formed in chunks, at trained tokens only, and
+    again in the backward pass: kept for it, all chunks would be in memory at once after all."""
     model, _ = loaded("qwen2")
     ids = torch.randint(2, 260, (3, 20), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    results = []
+    mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.6
+    results, rows, own = [], [], exgrpo.head
+    monkeypatch.setattr(exgrpo, "head", lambda model, x: rows.append(len(x)) or own(model, x))
     for held in (exgrpo.LOGITS_HELD, 8 * model.config.vocab_size):  # the second: chunks of 8
         monkeypatch.setattr(exgrpo, "LOGITS_HELD", held)
         model.zero_grad()
+        rows.clear()
         logps = exgrpo.token_logprobs(model, ids, mask)
+        assert sum(rows) == mask[:, 1:].sum()
         (logps * torch.arange(19)).sum().backward()
         results.append([logps.detach()] + [p.grad.clone() for p in model.parameters()])
     model.zero_grad()
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results))
+    assert max(rows) == 8 and sum(rows) == 2 * mask[:, 1:].sum()
 
 
 def test_dropout_is_off_even_in_train_mode(loaded):
@@ -445,11 +481,14 @@ def test_sft_ids_are_prompt_plus_reply_plus_end(loaded):
     """D24: a mask from the length of a prefix that is tokenised apart is off where tokens merge
     across the seam; here ids are joined, so that the reply's first and end tokens are exactly
     masked in."""
-    model, chat = loaded("gpt2")
+    model, _ = loaded("gpt2")
+    chat = exgrpo.Chat(tiny_tokenizer(chat=False, seam=True), model)
     row = {"question": "the theme", "rationale": "and so.", "answer": "3", "answer_type": "number"}
     example = exgrpo.teacher_dialogue(chat, [row])
     prompt = chat.first(exgrpo.ask("the theme", "number"))
     answer = chat.encode(" and so. The answer is 3.")
+    joint = chat.encode(chat.tokenizer.decode(prompt + answer))
+    assert len(joint) < len(prompt + answer)  # ": " would be one token
     assert example.ids == prompt + answer + [chat.end_id]
     assert example.mask == [0] * len(prompt) + [1] * (len(answer) + 1)
 

@@ -7,8 +7,9 @@ import torch
 from tokenizers import AddedToken
 
 import exgrpo
+import tiny as maker
 
-KINDS = ["llama", "qwen2", "gemma", "gpt2", "mistral", "gemma3"]  # the last two look back 24 tokens
+KINDS = list(maker.CONFIGS)
 ARGS = types.SimpleNamespace(group_size=3, max_new_tokens=24, temperature=0.7)
 
 
@@ -197,6 +198,17 @@ def test_every_end_token_stops(loaded):
         assert exgrpo.Chat(chat.tokenizer, model).stop_ids == sorted({7, kept})
     finally:
         model.generation_config.eos_token_id = kept
+    ends, prompt, last = [260, 33], chat.first("Why?"), set()
+    for seed in range(4):
+        for ids in exgrpo.sample(model, [prompt], max_new_tokens=200, temperature=1.0, group_size=8,
+                                 stop_ids=ends, generator=generator(seed)).replies:
+            assert not set(ids[:-1]) & set(ends)
+            last.add(ids[-1])
+    assert set(ends) <= last
+    dialogue = exgrpo.Dialogue()
+    two = types.SimpleNamespace(stop_ids=ends, end_id=260)
+    dialogue.add_reply([5, 33], two)
+    assert dialogue.ids == [5, 33] and dialogue.mask == [1, 1] and not dialogue.truncated[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -244,6 +244,35 @@ def test_ctrl_c_saves_and_resume_goes_on(monkeypatch, capsys, tiny, tmp_path):
     assert len(metrics(tmp_path / "run")) == 3
 
 
+def test_a_log_that_was_cut_or_deleted(monkeypatch, capsys, tiny, tmp_path):
+    """To truncate a file to more than it has fills it with NUL bytes, and no header is written."""
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--out", tmp_path / "run"]
+    call(monkeypatch, *flags, "--steps", 1)
+    log = tmp_path / "run" / "metrics.csv"
+    log.write_bytes(log.read_bytes()[:-5])
+    fails(monkeypatch, capsys, *flags, "--steps", 2, "--resume", saying=["metrics.csv is shorter"])
+    log.unlink()
+    call(monkeypatch, *flags, "--steps", 2, "--resume")
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["2"]
+
+
+def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
+    """Files of questions may take minutes: we leave after the one under way, and ask them again."""
+    for name in ("a", "b"):
+        row = {"id": "a", "question": "1?", "answer": "1", "answer_type": "number", "rationale": ""}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1,
+             "--out", tmp_path / "run", "--eval", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    own, asked = exgrpo.count_right, []
+    monkeypatch.setattr(exgrpo, "count_right", lambda *a: asked.append(own(*a)) or os.kill(
+        os.getpid(), signal.SIGINT) or asked[-1])
+    call(monkeypatch, *flags, expect=130)
+    assert len(asked) == 1 and "go on with --resume" in capsys.readouterr().err.lower()
+    monkeypatch.setattr(exgrpo, "count_right", own)
+    call(monkeypatch, *flags, "--resume")
+    assert {len(found) for found in exgrpo.read_json(tmp_path / "run" / "eval.json").values()} == {2}
+
+
 def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_path):
     """More --steps, or other --eval files, on a finished run: a figure that was kept from before
     would be another model's, or none."""
@@ -367,6 +396,18 @@ def test_a_text_that_is_too_long_is_found_before_training(monkeypatch, capsys, t
     fails(monkeypatch, capsys, "--student", tiny("gpt2"), *SMALL, "--turns", 1, "--out",
           tmp_path / "run", "--probes", write(tmp_path, HEADER, row), saying=saying)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_longest_question_is_not_hidden_behind_long_rationales(monkeypatch, capsys, tiny,
+                                                                   tmp_path):
+    """A rationale is taught, but stands in no dialogue of the student's: ten long ones took all the
+    places of those that were counted."""
+    rows = [ROW | {"id": str(i), "rationale": "why " * 450} for i in range(12)]
+    rows.append(ROW | {"question": "why " * 250})
+    flags = ["--student", tiny("gpt2"), *SMALL, "--turns", 1, "--max-new-tokens", 800,
+             "--out", tmp_path / "run", "--probes"]
+    fails(monkeypatch, capsys, *flags, write(tmp_path, HEADER, *rows),
+          saying=["a dialogue that ends in 'why why", "2048"])
 
 
 def test_a_template_that_rewrites_history_is_refused_before_the_warm_up(monkeypatch, capsys, tiny,

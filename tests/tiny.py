@@ -8,8 +8,9 @@ import sys
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPT2Config,
-                          LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig,
+                          GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
+                          Qwen2Config)
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|open|>system\nBe brief.<|end|>\n{% endif %}"
@@ -25,18 +26,23 @@ CONFIGS = {
     "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, **ids),
     # all layers look back 24
     "mistral": lambda **ids: MistralConfig(**SHAPE, sliding_window=24, **ids),
+    # no sdpa: eager attention with soft caps
+    "gemma2": lambda **ids: Gemma2Config(**SHAPE, sliding_window=24, layer_types=[
+        "sliding_attention", "full_attention"], query_pre_attn_scalar=8, **ids),
     "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, sliding_window=24, layer_types=[
         "sliding_attention", "full_attention"], **ids),
 }
 
 
-def tiny_tokenizer(chat=True):
-    """Byte-level, with a few merges, so that sampled ids are often not what encode would choose."""
+def tiny_tokenizer(chat=True, seam=False):
+    """Byte-level, with a few merges, so that sampled ids are often not what encode would choose.
+    seam: a colon and the space behind it are one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "s"), ("e", "r"), ("Ġ", "a")]
+    merges = [(":", "Ġ")] * seam + merges
     vocab = {token: i for i, token in enumerate(alphabet + [a + b for a, b in merges])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not seam)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in ("<|end|>", "<|open|>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>",
