@@ -86,7 +86,6 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "independent": (None, ["--partial", "independent"]),
     "no auxiliary loss": (None, ["--aux-weight", "0"]),
     "auxiliary weight 0.1": (None, ["--aux-weight", "0.1"]),
-    "weight 0.1, no bonus": (None, ["--aux-weight", "0.1", "--delta", "0"]),
     "cold start": (as_it_is, ["--sft-epochs", "0", "--aux-weight", "0"]),
     "cold start, auxiliary loss": (as_it_is, ["--sft-epochs", "0"]),
     "unfiltered probes": (unfiltered, []),
