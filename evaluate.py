@@ -150,7 +150,8 @@ def read_outputs(path):
             if not isinstance(row.get(key), kind):
                 raise UserError(f'{where}: "{key}" is not as evaluate.py writes it')
         key = f"{row['data']}: {row['id']}"
-        exgrpo.check_question(row | {"id": key, "rationale": ""}, where, seen=seen)
+        exgrpo.check_question(row | {"id": key, "rationale": ""}, where, seen=seen,
+                              keys=("question", "answer"))
         rows.append(grade(row))
     if not rows:
         raise UserError(f"{path}: there is no answer in it")

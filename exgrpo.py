@@ -1510,6 +1510,7 @@ def check_lengths(model, chat, questions, tests, args):
                 raise UserError(f"{kind} that ends in {as_asked(rows[-1])[:60]!r} may have "
                                 f"{count(rows)} tokens, the model reads {limit}; lower --turns or "
                                 "--max-new-tokens, or leave that text out")
+
     def longest(row, size):
         return sorted(row["probes"], key=size)[::-1][:k]
     check("a dialogue", [[*longest(row, n_asked), row] for row in questions], n_asked,
@@ -1527,7 +1528,7 @@ def n_asked(row):
 
 
 def n_taught(row):
-    return len(as_asked(row)) + len(teacher_reply(row))
+    return n_asked(row) + len(teacher_reply(row))
 
 
 def print_plan(args, model, questions, device):

@@ -244,6 +244,12 @@ def test_answers_before_a_crash_are_kept(models, tmp_path, monkeypatch):
     assert outputs.read_text() == before
 
 
+def test_outputs_are_read_again_whatever_their_gold(tmp_path):
+    """A probe's own answer is not checked when it is asked, so --compare must not refuse it."""
+    path = write_jsonl(tmp_path / "o.jsonl", [{"evaluate": {}}, row("a", rule="R1", answer="five")])
+    assert [answer["correct"] for answer in evaluate.read_outputs(path)] == [False]
+
+
 # --------------------------------------------------------------------------------------- bad input
 
 @pytest.fixture
@@ -264,8 +270,8 @@ def bad(tmp_path, models):
     write_jsonl(tmp_path / "no_output.jsonl", [header, answers[0] | {"output": None}])
     write_jsonl(tmp_path / "no_answers.jsonl", [header])
     (tmp_path / "cut.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(answers[0])[:40])
-    for name, text in ("no_kl", "step,reward\n1,0.5\n"), ("no_step", ",".join(METRICS) + "\n"), (
-            "begun", ""):
+    for name, text in (("no_kl", "step,reward\n1,0.5\n"), ("no_step", ",".join(METRICS) + "\n"),
+                       ("begun", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(text)
     (tmp_path / "full").mkdir()
