@@ -49,7 +49,10 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM,
+                          AutoTokenizer)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -293,6 +296,8 @@ def load_model(name, device):
             path, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # of many kinds: OSError, ValueError, ImportError, ...
         raise UserError(f"the model {path} is there, but cannot be loaded ({in_short(error)})")
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("grouped")  # sdpa too, but see attend
     for parameter in model.parameters():  # out of the memory-mapped file: aligned, so reproducible
         parameter.data = parameter.data.clone()
     disable_dropout(model)
@@ -318,13 +323,15 @@ def check_model(model):
     ids = torch.arange(2, 14) % model.get_input_embeddings().num_embeddings
     own = model(ids[None].to(model.device)).logits[0, -1].float()
     try:
-        cache = KVCache(2, model.device)
-        with packed(model):
-            extend(model, cache, [ids[:8].tolist(), ids[:5].tolist()])
-            ours = extend(model, cache, [ids[8:].tolist(), ids[5:].tolist()])  # (2, V)
+        cache, ids = KVCache(2, model.device), ids.tolist()
+        with packed(model):  # two groups of two rows, their prompts, more of them, and one token
+            extend(model, cache, [ids[:8], ids[:5]])
+            cache.repeat(2)
+            extend(model, cache, [ids[8:11]] * 2 + [ids[5:11]] * 2)
+            ours = extend(model, cache, [ids[11:]] * 4)                             # (4, V)
         worst = (ours - own).abs().max().item()
         fault = "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fault = in_short(error)
     if fault:
         raise UserError(f"the sampler does not reproduce {type(model).__name__} ({fault}); use a "
@@ -548,8 +555,7 @@ class Dialogue:
 class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of a row lies in its slot t.
 
-    So a row needs no padding inside, what it may see is `slot <= position`, and to cut it back (a
-    fork) is to lower its length: the slots behind are invisible until they are overwritten.
+    So a row needs no padding inside, and what it may see is `slot <= position`.
     """
 
     def __init__(self, n_rows, device):
@@ -558,12 +564,22 @@ class KVCache:
         self.parts = {}              # the same of the active rows only, where some have finished
         self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
+        self.prompts = []            # keys and values that groups have in common, (Q, H, P, D)
+        self.groups = None           # the group of each row, (B,)
+        self.table = None            # the active rows, group by group, (Q, most of a group)
+        self.cells = None            # their places in it: group and column, (b,) each
 
     def get_seq_length(self, layer_idx=0):
         return max(self.lengths)
 
     def activate(self, rows):
         self.active, self.parts = rows, {}
+        if self.prompts:
+            groups, b = self.groups[rows], len(rows)
+            columns = (groups == groups[:, None]).tril(-1).sum(1)  # members that stand before
+            self.table = rows.new_zeros(len(self.prompts[0][0]), 1 + columns.max())
+            self.table[groups, columns] = torch.arange(b)  # where it has no row, row 0 stands
+            self.cells = groups, columns
 
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
@@ -582,11 +598,35 @@ class KVCache:
         return [store[:, :, :self.n_slots] for store in stores]
 
     def repeat(self, group_size):
-        """Each row becomes group_size equal rows: the prompt of a group is read once."""
+        """Each row becomes group_size equal rows: the prompt of a group is read once.
+
+        The slots that all rows of a group have filled are kept once more, for attend."""
+        fits = all(keys.shape == values.shape for keys, values in self.layers)
+        if ATTENTION and fits and self.active.device.type == "cpu" and group_size > 1:
+            self.prompts = [[store[:, :, :min(self.lengths)].contiguous() for store in layer]
+                            for layer in self.layers]
+            self.groups = torch.arange(len(self.lengths)).repeat_interleave(group_size)
         self.lengths = [n for n in self.lengths for _ in range(group_size)]
         self.layers = [[store.repeat_interleave(group_size, dim=0) for store in layer]
                        for layer in self.layers]
         self.activate(torch.arange(len(self.lengths), device=self.active.device))
+
+    def fork(self, rows):
+        """Appends copies of these rows: dialogues that go on in a second way."""
+        self.lengths += [self.lengths[row] for row in rows]
+        rows = torch.tensor(rows, device=self.active.device)
+        self.layers = [[torch.cat([store, store[rows]]) for store in layer]
+                       for layer in self.layers]
+        if self.prompts:
+            self.groups = torch.cat([self.groups, self.groups[rows]])
+
+    def keep(self, n_rows):
+        """Forgets all rows but the first n_rows."""
+        self.lengths = self.lengths[:n_rows]
+        self.layers = [[store[:n_rows] for store in layer] for layer in self.layers]
+        if self.prompts:
+            self.groups = self.groups[:n_rows]
+            self.prompts = [[x[:1 + self.groups[-1]] for x in layer] for layer in self.prompts]
 
 
 def _write(stores, rows, positions, new, n_slots):
@@ -614,12 +654,48 @@ def visible(config, seen, behind):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, float("-inf"))[:, None]
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ()
-    if window is None or (kinds and "sliding_attention" not in kinds):
-        return added(seen)
+    full, window = added(seen), sliding_window(config)
+    if window is None:
+        return full
     sliding = added(seen & (behind < window))
-    return {"full_attention": added(seen), "sliding_attention": sliding} if kinds else sliding
+    mixed = getattr(config, "layer_types", None)
+    return {"full_attention": full, "sliding_attention": sliding} if mixed else sliding
+
+
+def sliding_window(config):
+    """How far some layers look back; None if all of them see everything."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+
+
+# torch's own attention for CPUs, which returns the log of its softmax's denominator, too.
+ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def attend(module, query, key, value, attention_mask, shared=None, **kwargs):
+    """transformers' sdpa; but where each row of a cache, `shared`, has one query (b, H, 1, D), what
+    its group has in common, P slots, is read once for the whole group, and only the rest row by row.
+
+    A softmax over two parts is the mean of the softmax over each, weighted by its denominator's
+    share of the sum of both. Returns (b, 1, H, D), as sdpa does. Called by the model's layers.
+    """
+    if shared is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    keys, values = shared.prompts[module.layer_idx]                              # (Q, h, P, D)
+    (b, H, _, D), (_, h, P, _), n = query.shape, keys.shape, shared.table.shape[1]
+    query, scale = query.to(keys.dtype).reshape(b, h, H // h, D), kwargs.get("scaling")
+    own, log_own = ATTENTION(query, key[:, :, P:], value[:, :, P:], scale=scale,
+                             attn_mask=attention_mask[..., P:])                  # (b, h, H / h, D)
+    table = query[shared.table].transpose(1, 2).flatten(2, 3)                    # (Q, h, n H / h, D)
+    q, column = shared.cells
+    common, log_common = (x.unflatten(2, (n, H // h))[q, :, column]
+                          for x in ATTENTION(table, keys, values, scale=scale))
+    share = torch.sigmoid(log_common - log_own)[..., None]
+    return torch.lerp(own.float(), common.float(), share).view(b, 1, H, D), None
+
+
+AttentionInterface.register("grouped", attend)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 @functools.lru_cache(maxsize=8)
@@ -633,8 +709,12 @@ def forward_cached(model, cache, ids, positions, n_slots):
     """ids and positions (b, T) of the active rows -> hidden states (b, T, D); the cache grows."""
     cache.positions, cache.n_slots = positions, n_slots
     behind = positions[..., None] - torch.arange(n_slots, device=positions.device)  # (b, T, S)
-    mask = visible(model.config.get_text_config(), behind >= 0, behind)
+    config = model.config.get_text_config()
+    mask = visible(config, behind >= 0, behind)
     cached = {cache_argument(type(model.base_model)): cache, "use_cache": True}
+    if (cache.prompts and config._attn_implementation == "grouped" and ids.shape[1] == 1
+            and n_slots <= (sliding_window(config) or n_slots)):
+        cached["shared"] = cache  # on its way to attend
     return model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
                             **cached).last_hidden_state
 
@@ -1211,59 +1291,54 @@ def rollout(model, chat, questions, args, step):
     cuts = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]      # k' in 0..k-1
     finals = [as_asked(row) for row in questions]
     asked = [[as_asked(probe) for probe in drawn] for drawn in probes]
-    full, cache = converse(model, chat, [a + [q] for a, q in zip(asked, finals)], args, generator)
-    if args.turns == 0:
-        return Rollout(questions, probes, full, [])
-    if args.partial == "independent":
-        scripts = [a[:cut] + [q] for a, q, cut in zip(asked, finals, cuts)]
-        partial, _ = converse(model, chat, scripts, args, generator)
-    else:
-        partial = fork_dialogues(model, chat, full, cache, finals, cuts, args, generator)
+    scripts = [turns + [final] for turns, final in zip(asked, finals)]
+    forked = args.turns > 0 and args.partial == "forked"
+    full, partial = converse(model, chat, scripts, args, generator, finals, cuts if forked else ())
+    if args.turns > 0 and args.partial == "independent":
+        shorter = [turns[:cut] + [final] for turns, cut, final in zip(asked, cuts, finals)]
+        partial, _ = converse(model, chat, shorter, args, generator)
     return Rollout(questions, probes, full, partial)
 
 
-def converse(model, chat, scripts, args, generator):
+def converse(model, chat, scripts, args, generator, finals=(), cuts=()):
     """Plays Q scripts (lists of user turns) G times each, all dialogues in step, the cache alive
-    across turns -> (Q * G dialogues, the cache of their rows)."""
-    scripts = [script for script in scripts for _ in range(args.group_size)]
-    dialogues, cache = [Dialogue() for _ in scripts], None
+    across turns -> (Q * G full dialogues, as many partial ones or, without cuts, none).
+
+    A partial dialogue is a full one, forked after k' = cuts[q] turns and asked finals[q] there: an
+    exact sample of the policy for the price of one reply, paired with its full twin. That reply is
+    sampled in one batch with the full ones' next.
+    """
+    G, cache = args.group_size, None
+    full, partial = [[Dialogue() for _ in scripts for _ in range(G)] for _ in range(2)]
+    n = len(full)
     for turn in range(max(map(len, scripts))):
-        rows = [b for b, script in enumerate(scripts) if turn < len(script)]
-        for b in rows:
-            open_turn = chat.later if turn else chat.first
-            dialogues[b].add_user(open_turn(scripts[b][turn]))
-        cache = reply(model, chat, dialogues, rows, cache, args, generator)
-    return dialogues, cache
-
-
-def fork_dialogues(model, chat, full, cache, finals, cuts, args, generator):
-    """Partial dialogue g is full dialogue g, cut after k' turns and asked the question there: an
-    exact sample of the policy for the price of one reply, paired with its full twin."""
-    G = args.group_size
-    partial = [dialogue.fork(cuts[b // G]) for b, dialogue in enumerate(full)]
-    bare = [b for b in range(len(full)) if cuts[b // G] == 0]  # nothing to fork
-    forked = [b for b in range(len(full)) if cuts[b // G] > 0]
-    for b, dialogue in enumerate(partial):
-        cache.lengths[b] = min(cache.lengths[b], len(dialogue.ids))  # the fork of the KV cache
-        open_turn = chat.later if dialogue.ids else chat.first
-        dialogue.add_user(open_turn(finals[b // G]))
-    if forked:
-        reply(model, chat, partial, forked, cache, args, generator)
-    if bare:
-        reply(model, chat, partial, bare, None, args, generator)
-    return partial
+        rows = [b for b in range(n) if turn < len(scripts[b // G])]
+        forks = [b for b in range(n) if cuts and turn == cuts[b // G]]
+        for b in forks:
+            partial[b] = full[b].fork(turn)
+        talk = [full[b] for b in rows] + [partial[b] for b in forks]
+        users = [scripts[b // G][turn] for b in rows] + [finals[b // G] for b in forks]
+        for dialogue, user in zip(talk, users):
+            dialogue.add_user(chat.later(user) if turn else chat.first(user))
+        if cache and forks:
+            cache.fork(forks)
+        cache = reply(model, chat, talk, rows + list(range(n, n + len(forks))), cache, args,
+                      generator)
+        cache.keep(n)
+    return full, partial if cuts else []
 
 
 def reply(model, chat, dialogues, rows, cache, args, generator):
-    """Samples the next reply of dialogues[b], b in rows; without a cache, groups share a prompt."""
-    prompts = [dialogues[b].ids for b in rows]
+    """Samples the next reply of each dialogue, which stands in one of these rows of the cache;
+    without a cache, groups share a prompt. Returns the cache."""
+    prompts = [dialogue.ids for dialogue in dialogues]
     new = cache is None
     sampled = sample(model, prompts[::args.group_size] if new else prompts, cache=cache,
                      rows=None if new else rows, group_size=args.group_size if new else 1,
                      max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                      stop_ids=chat.stop_ids, generator=generator)
-    for b, ids, logps in zip(rows, sampled.replies, sampled.logps):
-        dialogues[b].add_reply(ids, chat, logps)
+    for dialogue, ids, logps in zip(dialogues, sampled.replies, sampled.logps):
+        dialogue.add_reply(ids, chat, logps)
     return sampled.cache
 
 

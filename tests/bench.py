@@ -310,9 +310,8 @@ def contend_dialogue(args, lap, forked):
     while True:
         with lap, exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             rng = torch.Generator().manual_seed(0)
-            full, cache = exgrpo.converse(model, chat, [[*probes, final]], settings, rng)
-            if forked:
-                exgrpo.fork_dialogues(model, chat, full, cache, [final], [cut], settings, rng)
+            exgrpo.converse(model, chat, [[*probes, final]], settings, rng, [final],
+                            [cut] if forked else ())
 
 
 def render_and_generate(model, chat, script, args):
@@ -458,10 +457,9 @@ def contend_whole(args, lap):
         with lap:
             rng = torch.Generator().manual_seed(0)
             with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
-                full, cache = exgrpo.converse(model, chat, [[*probes, final]] * args.questions,
-                                              settings, rng)
-                partial = exgrpo.fork_dialogues(model, chat, full, cache, [final] * args.questions,
-                                                [cut] * args.questions, settings, rng)
+                full, partial = exgrpo.converse(
+                    model, chat, [[*probes, final]] * args.questions, settings, rng,
+                    [final] * args.questions, [cut] * args.questions)
             update(full + partial)
 
 

@@ -54,7 +54,7 @@ def test_dialogue_logps_equal_the_models_own_at_every_turn(loaded, kind):
     """
     model, chat = loaded(kind)
     scripts = [["Why? " * 3, "And then?", "So?"], ["What if it is not?", "So? " * 5]]
-    dialogues, cache = exgrpo.converse(model, chat, scripts, ARGS, generator())
+    dialogues, _ = exgrpo.converse(model, chat, scripts, ARGS, generator())
     assert [len(d.replies) for d in dialogues] == [3] * 3 + [2] * 3
     for dialogue in dialogues:
         assert_sampled_as_scored(model, dialogue, 0.7)
@@ -66,25 +66,59 @@ def test_forked_dialogue_is_a_sample_of_the_policy(loaded, kind):
     the full dialogue in view: its log-probs would not be those of its own ids."""
     model, chat = loaded(kind)
     scripts = [["Why?", "And then? " * 2, "So?", "The question"], ["What?", "If?", "The other"]]
-    full, cache = exgrpo.converse(model, chat, scripts, ARGS, rng := generator())
-    finals, before = ["The question", "The other"], [list(d.ids) for d in full]
-    partial = exgrpo.fork_dialogues(model, chat, full, cache, finals, [1, 2], ARGS, rng)
+    finals, cuts = ["The question", "The other"], [1, 2]
+    full, partial = exgrpo.converse(model, chat, scripts, ARGS, generator(), finals, cuts)
     for b, dialogue in enumerate(partial):
-        n_turns = [1, 2][b // 3]
+        n_turns, final = cuts[b // 3], chat.later(finals[b // 3])
         end = full[b].ends[n_turns - 1]
-        assert dialogue.ids[:end] == full[b].ids[:end]
-        assert dialogue.ids[end:][:len(chat.later("The"))] != full[b].ids[end:]
+        assert dialogue.ids[:end + len(final)] == full[b].ids[:end] + final
         assert len(dialogue.replies) == n_turns + 1
+        assert len(full[b].replies) == len(scripts[b // 3])
         assert_sampled_as_scored(model, dialogue, 0.7)
-    assert [d.ids for d in full] == before
+        assert_sampled_as_scored(model, full[b], 0.7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_a_groups_prompt_is_read_once_and_the_logits_are_the_models_own(loaded, kind, monkeypatch):
+    """Attention in two parts, whoever is still there: of two groups of three, all, some, one group
+    alone, one row alone. Each part's weight comes from its softmax's denominator; the mean of two
+    softmaxes without it would look like attention, too. In gemma3 a layer looks 24 slots back: once a row is
+    longer, all is read the usual way."""
+    model, chat = loaded(kind)
+    rows = [list(range(5, 12)), list(range(40, 50))]
+    calls, attention = [], exgrpo.ATTENTION
+    monkeypatch.setattr(exgrpo, "ATTENTION", lambda query, *args, **kwargs: (
+        calls.append(tuple(query.shape[:2])) or attention(query, *args, **kwargs)))
+    cache = exgrpo.KVCache(2, model.device)
+    with torch.no_grad():
+        exgrpo.extend(model, cache, rows)
+        cache.repeat(3)
+        rows = [list(row) for row in rows for _ in range(3)]
+        for there in ([0, 1, 2, 3, 4, 5], [0, 2, 3], [3, 4, 5], [1]):
+            cache.activate(torch.tensor(there))
+            for row in there:
+                rows[row].append(60 + row)
+            ours = exgrpo.extend(model, cache, [rows[row][-1:] for row in there])
+            own = [model(torch.tensor([rows[row]])).logits[0, -1] for row in there]
+            assert torch.allclose(ours, torch.stack(own), atol=1e-4)
+            heads = 4 if kind == "gpt2" else 2
+            assert calls == [(len(there), heads), (2, heads)] * 2, "own, common, in two layers"
+            calls.clear()
+        exgrpo.extend(model, cache, [[7] * 30])
+        cache.prompts[0][0].zero_()  # it must be looked at, but not through a window
+        changed = exgrpo.extend(model, cache, [[7]])
+        own = model(torch.tensor([rows[1] + [7] * 31])).logits[0, -1]
+    assert torch.allclose(changed[0], own, atol=1e-4) == (kind == "gemma3")
 
 
 def test_fork_at_zero_is_the_bare_question(loaded):
     model, chat = loaded("llama")
-    full, cache = exgrpo.converse(model, chat, [["Why?", "Q?"]], ARGS, rng := generator())
-    for dialogue in exgrpo.fork_dialogues(model, chat, full, cache, ["Q?"], [0], ARGS, rng):
+    full, partial = exgrpo.converse(model, chat, [["Why?", "Q?"], ["What?", "R?"]], ARGS,
+                                    generator(), ["Q?", "R?"], [0, 1])
+    for dialogue in partial[:3]:
         assert dialogue.ids[:len(chat.first("Q?"))] == chat.first("Q?")
         assert len(dialogue.replies) == 1
+    for dialogue in full + partial:
         assert_sampled_as_scored(model, dialogue, 0.7)
 
 
