@@ -673,12 +673,19 @@ ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(module, query, key, value, attention_mask, shared=None, **kwargs):
-    """transformers' sdpa; but where each row of a cache, `shared`, has one query (b, H, 1, D), what
-    its group has in common, P slots, is read once for the whole group, and only the rest row by row.
+    """transformers' sdpa, (b, H, T, D) -> (b, T, H, D), called by the model's layers; but on a CPU
+    nothing is read, or copied, as often as it is looked at:
 
-    A softmax over two parts is the mean of the softmax over each, weighted by its denominator's
-    share of the sum of both. Returns (b, 1, H, D), as sdpa does. Called by the model's layers.
+    With many queries, a key head is used by its query heads as it is, and not copied for each. With
+    one query a row of a cache, `shared`, what its group has in common, P slots, is read once for
+    the group, and only the rest row by row. A softmax over two parts is the mean of the softmax
+    over each, weighted by its denominator's share of the sum of both.
     """
+    if shared is None and key.device.type == "cpu" and query.shape[2] > 1 and (
+            attention_mask is not None):
+        output = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = shared.prompts[module.layer_idx]                              # (Q, h, P, D)
