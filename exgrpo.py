@@ -452,8 +452,8 @@ class Chat:
         self.plain = tokenizer.chat_template is None
         self.end_id = tokenizer.eos_token_id if self.plain else self._end_of_turn(ends - {None})
         if self.end_id is None:
-            raise UserError(f"no end token (eos_token) closes a reply of {model.name_or_path}, so it "
-                            "could not stop: see its tokenizer_config.json and chat template")
+            raise UserError(f"no end token (eos_token) closes a reply of {model.name_or_path}, so "
+                            "it could not stop: see its tokenizer_config.json and chat template")
         self.stop_ids = sorted(ends - {None} | {self.end_id})
         added = tokenizer.added_tokens_decoder.items()
         self.special = {str(token) for i, token in added if token.special or i in self.stop_ids}
@@ -564,7 +564,7 @@ class KVCache:
         self.parts = {}              # the same of the active rows only, where some have finished
         self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
-        self.prompts = []            # keys and values that groups have in common, (Q, H, P, D)
+        self.prompts = []            # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
         self.table = None            # the active rows, group by group, (Q, most of a group)
         self.cells = None            # their places in it: group and column, (b,) each
@@ -677,7 +677,7 @@ def attend(module, query, key, value, attention_mask, shared=None, **kwargs):
     nothing is read, or copied, as often as it is looked at:
 
     With many queries, a key head is used by its query heads as it is, and not copied for each. With
-    one query a row of a cache, `shared`, what its group has in common, P slots, is read once for
+    one query a row of a cache, `shared`, what its group has in common, C slots, is read once for
     the group, and only the rest row by row. A softmax over two parts is the mean of the softmax
     over each, weighted by its denominator's share of the sum of both.
     """
@@ -688,12 +688,12 @@ def attend(module, query, key, value, attention_mask, shared=None, **kwargs):
         return output.transpose(1, 2).contiguous(), None
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    keys, values = shared.prompts[module.layer_idx]                              # (Q, h, P, D)
-    (b, H, _, D), (_, h, P, _), n = query.shape, keys.shape, shared.table.shape[1]
+    keys, values = shared.prompts[module.layer_idx]                              # (Q, h, C, D)
+    (b, H, _, D), (_, h, C, _), n = query.shape, keys.shape, shared.table.shape[1]
     query, scale = query.to(keys.dtype).reshape(b, h, H // h, D), kwargs.get("scaling")
-    own, log_own = ATTENTION(query, key[:, :, P:], value[:, :, P:], scale=scale,
-                             attn_mask=attention_mask[..., P:])                  # (b, h, H / h, D)
-    table = query[shared.table].transpose(1, 2).flatten(2, 3)                    # (Q, h, n H / h, D)
+    own, log_own = ATTENTION(query, key[:, :, C:], value[:, :, C:], scale=scale,
+                             attn_mask=attention_mask[..., C:])                  # (b, h, H / h, D)
+    table = query[shared.table].transpose(1, 2).flatten(2, 3)                 # (Q, h, n H / h, D)
     q, column = shared.cells
     common, log_common = (x.unflatten(2, (n, H // h))[q, :, column]
                           for x in ATTENTION(table, keys, values, scale=scale))
@@ -917,7 +917,7 @@ def pad_rows(rows, masks, device):
 
 
 def head_logps(model, hidden, targets, temperature):
-    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. With a large vocabulary the logits are
+    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. With a large vocabulary logits are
     formed chunk by chunk, and again in the backward pass: at most LOGITS_HELD exist at a time."""
     def logps(hidden, targets):  # one pass each way: gather - logsumexp takes 1.7 times as long
         logits = head(model, hidden)                                                # (N, V)

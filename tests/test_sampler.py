@@ -82,8 +82,8 @@ def test_forked_dialogue_is_a_sample_of_the_policy(loaded, kind):
 def test_a_groups_prompt_is_read_once_and_the_logits_are_the_models_own(loaded, kind, monkeypatch):
     """Attention in two parts, whoever is still there: of two groups of three, all, some, one group
     alone, one row alone. Each part's weight comes from its softmax's denominator; the mean of two
-    softmaxes without it would look like attention, too. In gemma3 a layer looks 24 slots back: once a row is
-    longer, all is read the usual way."""
+    softmaxes without it would look like attention, too. In gemma3 a layer looks 24 slots back: once
+    a row is longer, all is read the usual way."""
     model, chat = loaded(kind)
     rows = [list(range(5, 12)), list(range(40, 50))]
     calls, attention = [], exgrpo.ATTENTION

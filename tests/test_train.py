@@ -270,7 +270,8 @@ def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
     assert len(asked) == 1 and "go on with --resume" in capsys.readouterr().err.lower()
     monkeypatch.setattr(exgrpo, "count_right", own)
     call(monkeypatch, *flags, "--resume")
-    assert {len(found) for found in exgrpo.read_json(tmp_path / "run" / "eval.json").values()} == {2}
+    table = exgrpo.read_json(tmp_path / "run" / "eval.json")
+    assert {len(found) for found in table.values()} == {2}
 
 
 def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_path):
