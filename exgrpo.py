@@ -296,8 +296,6 @@ def load_model(name, device):
             path, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # of many kinds: OSError, ValueError, ImportError, ...
         raise UserError(f"the model {path} is there, but cannot be loaded ({in_short(error)})")
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("grouped")  # sdpa too, but see attend
     for parameter in model.parameters():  # out of the memory-mapped file: aligned, so reproducible
         parameter.data = parameter.data.clone()
     disable_dropout(model)
@@ -319,23 +317,36 @@ def disable_dropout(model):
 
 @torch.no_grad()
 def check_model(model):
-    """Our cache and loss head must give the model's own logits; else the model is refused."""
-    ids = torch.arange(2, 14) % model.get_input_embeddings().num_embeddings
-    own = model(ids[None].to(model.device)).logits[0, -1].float()
+    """Our cache and loss head must give the model's own logits; else the model is refused. Takes
+    our attention, attend, in place of sdpa, unless it is the reason why they do not."""
+    ids = (torch.arange(2, 14) % model.get_input_embeddings().num_embeddings).tolist()
+    own = model(torch.tensor([ids], device=model.device)).logits[0, -1].float()
+    attention = model.config._attn_implementation
+    for name in ["grouped"] * (attention == "sdpa") + [attention]:
+        model.set_attn_implementation(name)
+        fault = sampler_fault(model, ids, own)
+        if not fault:
+            return
+    raise UserError(f"the sampler does not reproduce {type(model).__name__} ({fault}); use a "
+                    "Llama-like or GPT-2-like model")
+
+
+def sampler_fault(model, ids, own):
+    """What is wrong with our logits behind these ids; own: the model's, (V,). "" if nothing is. Two
+    groups of two rows read their prompts, then more, and then one token each."""
     try:
-        cache, ids = KVCache(2, model.device), ids.tolist()
-        with packed(model):  # two groups of two rows, their prompts, more of them, and one token
+        cache = KVCache(2, model.device)
+        with packed(model):
             extend(model, cache, [ids[:8], ids[:5]])
             cache.repeat(2)
             extend(model, cache, [ids[8:11]] * 2 + [ids[5:11]] * 2)
             ours = extend(model, cache, [ids[11:]] * 4)                             # (4, V)
-        worst = (ours - own).abs().max().item()
-        fault = "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        fault = in_short(error)
-    if fault:
-        raise UserError(f"the sampler does not reproduce {type(model).__name__} ({fault}); use a "
-                        "Llama-like or GPT-2-like model")
+        return in_short(error)
+    worst = (ours - own).abs().max().item()
+    return "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
 
 
 def context_size(model):
@@ -566,8 +577,8 @@ class KVCache:
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
         self.prompts = []            # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
-        self.table = None            # the active rows, group by group, (Q, most of a group)
-        self.cells = None            # their places in it: group and column, (b,) each
+        self.table = None            # which active row is member n of group q, (Q, N)
+        self.cells = None            # the inverse, q and n of each active row, (b,) each
 
     def get_seq_length(self, layer_idx=0):
         return max(self.lengths)
@@ -575,11 +586,11 @@ class KVCache:
     def activate(self, rows):
         self.active, self.parts = rows, {}
         if self.prompts:
-            groups, b = self.groups[rows], len(rows)
-            columns = (groups == groups[:, None]).tril(-1).sum(1)  # members that stand before
-            self.table = rows.new_zeros(len(self.prompts[0][0]), 1 + columns.max())
-            self.table[groups, columns] = torch.arange(b)  # where it has no row, row 0 stands
-            self.cells = groups, columns
+            q = self.groups[rows]
+            n = (q == q[:, None]).tril(-1).sum(1)  # earlier active rows of the same group
+            self.table = rows.new_zeros(len(self.prompts[0][0]), 1 + n.max())
+            self.table[q, n] = torch.arange(len(rows))  # row 0 fills the rest, and is not used
+            self.cells = q, n
 
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
@@ -601,7 +612,7 @@ class KVCache:
         """Each row becomes group_size equal rows: the prompt of a group is read once.
 
         The slots that all rows of a group have filled are kept once more, for attend."""
-        fits = all(keys.shape == values.shape for keys, values in self.layers)
+        fits = all(keys.shape == values.shape for keys, values in self.layers)  # as ATTENTION wants
         if ATTENTION and fits and self.active.device.type == "cpu" and group_size > 1:
             self.prompts = [[store[:, :, :min(self.lengths)].contiguous() for store in layer]
                             for layer in self.layers]
@@ -615,15 +626,18 @@ class KVCache:
         """Appends copies of these rows: dialogues that go on in a second way."""
         self.lengths += [self.lengths[row] for row in rows]
         rows = torch.tensor(rows, device=self.active.device)
-        self.layers = [[torch.cat([store, store[rows]]) for store in layer]
-                       for layer in self.layers]
+        for layer in self.layers:
+            layer[:] = [torch.cat([store, store[rows]]) for store in layer]
         if self.prompts:
             self.groups = torch.cat([self.groups, self.groups[rows]])
 
     def keep(self, n_rows):
-        """Forgets all rows but the first n_rows."""
+        """Forgets all rows but the first n_rows, which stand group by group."""
+        if n_rows == len(self.lengths):
+            return
         self.lengths = self.lengths[:n_rows]
-        self.layers = [[store[:n_rows] for store in layer] for layer in self.layers]
+        for layer in self.layers:
+            layer[:] = [store[:n_rows].clone() for store in layer]
         if self.prompts:
             self.groups = self.groups[:n_rows]
             self.prompts = [[x[:1 + self.groups[-1]] for x in layer] for layer in self.prompts]
@@ -672,31 +686,31 @@ def sliding_window(config):
 ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def attend(module, query, key, value, attention_mask, shared=None, **kwargs):
-    """transformers' sdpa, (b, H, T, D) -> (b, T, H, D), called by the model's layers; but on a CPU
-    nothing is read, or copied, as often as it is looked at:
+def attend(module, query, key, value, attention_mask, grouped=None, **kwargs):
+    """transformers' sdpa, (b, H, T, D) -> (b, T, H, D), without two kinds of copies on a CPU.
+    Called by the model's layers.
 
-    With many queries, a key head is used by its query heads as it is, and not copied for each. With
-    one query a row of a cache, `shared`, what its group has in common, C slots, is read once for
-    the group, and only the rest row by row. A softmax over two parts is the mean of the softmax
-    over each, weighted by its denominator's share of the sum of both.
+    With many queries a row, each of the h key heads serves its H / h query heads as it is: sdpa
+    copies it for each. With one query a row of a KVCache (grouped), what a group has in common, C
+    slots, is read once for all its members, and only the rest row by row: a softmax over two parts
+    is the mean of the softmax over each, weighted by its denominator's share of the sum of both.
     """
-    if shared is None and key.device.type == "cpu" and query.shape[2] > 1 and (
-            attention_mask is not None):
-        output = F.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
-        return output.transpose(1, 2).contiguous(), None
-    if shared is None:
+    if grouped is None:
+        if key.device.type == "cpu" and query.shape[2] > 1 and attention_mask is not None:
+            output = F.scaled_dot_product_attention(
+                query, key, value, attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
+            return output.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    keys, values = shared.prompts[module.layer_idx]                              # (Q, h, C, D)
-    (b, H, _, D), (_, h, C, _), n = query.shape, keys.shape, shared.table.shape[1]
+    keys, values = grouped.prompts[module.layer_idx]                             # (Q, h, C, D)
+    (b, H, _, D), (_, h, C, _), N = query.shape, keys.shape, grouped.table.shape[1]
     query, scale = query.to(keys.dtype).reshape(b, h, H // h, D), kwargs.get("scaling")
     own, log_own = ATTENTION(query, key[:, :, C:], value[:, :, C:], scale=scale,
                              attn_mask=attention_mask[..., C:])                  # (b, h, H / h, D)
-    table = query[shared.table].transpose(1, 2).flatten(2, 3)                 # (Q, h, n H / h, D)
-    q, column = shared.cells
-    common, log_common = (x.unflatten(2, (n, H // h))[q, :, column]
-                          for x in ATTENTION(table, keys, values, scale=scale))
+    # The query heads of all members of a group, side by side: N * H / h queries of each key head.
+    members = query[grouped.table].transpose(1, 2).flatten(2, 3)
+    q, n = grouped.cells
+    common, log_common = (x.unflatten(2, (N, H // h))[q, :, n]                   # (b, h, H / h, D)
+                          for x in ATTENTION(members, keys, values, scale=scale))
     share = torch.sigmoid(log_common - log_own)[..., None]
     return torch.lerp(own.float(), common.float(), share).view(b, 1, H, D), None
 
@@ -717,11 +731,11 @@ def forward_cached(model, cache, ids, positions, n_slots):
     cache.positions, cache.n_slots = positions, n_slots
     behind = positions[..., None] - torch.arange(n_slots, device=positions.device)  # (b, T, S)
     config = model.config.get_text_config()
-    mask = visible(config, behind >= 0, behind)
+    mask, window = visible(config, behind >= 0, behind), sliding_window(config)
     cached = {cache_argument(type(model.base_model)): cache, "use_cache": True}
     if (cache.prompts and config._attn_implementation == "grouped" and ids.shape[1] == 1
-            and n_slots <= (sliding_window(config) or n_slots)):
-        cached["shared"] = cache  # on its way to attend
+            and (window is None or n_slots <= window)):  # no window hides a part of the prompt
+        cached["grouped"] = cache  # on its way to attend
     return model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
                             **cached).last_hidden_state
 
@@ -1316,8 +1330,8 @@ def converse(model, chat, scripts, args, generator, finals=(), cuts=()):
     sampled in one batch with the full ones' next.
     """
     G, cache = args.group_size, None
-    full, partial = [[Dialogue() for _ in scripts for _ in range(G)] for _ in range(2)]
-    n = len(full)
+    full = [Dialogue() for _ in scripts for _ in range(G)]
+    n, partial = len(full), [None] * len(full)
     for turn in range(max(map(len, scripts))):
         rows = [b for b in range(n) if turn < len(scripts[b // G])]
         forks = [b for b in range(n) if cuts and turn == cuts[b // G]]
@@ -1329,8 +1343,8 @@ def converse(model, chat, scripts, args, generator, finals=(), cuts=()):
             dialogue.add_user(chat.later(user) if turn else chat.first(user))
         if cache and forks:
             cache.fork(forks)
-        cache = reply(model, chat, talk, rows + list(range(n, n + len(forks))), cache, args,
-                      generator)
+        rows += range(n, n + len(forks))  # in the cache, too, forks stand behind the full ones
+        cache = reply(model, chat, talk, rows, cache, args, generator)
         cache.keep(n)
     return full, partial if cuts else []
 

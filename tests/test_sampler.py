@@ -111,6 +111,25 @@ def test_a_groups_prompt_is_read_once_and_the_logits_are_the_models_own(loaded, 
     assert torch.allclose(changed[0], own, atol=1e-4) == (kind == "gemma3")
 
 
+@pytest.mark.parametrize("fault", ["fails", "is wrong"])
+def test_a_model_that_our_attention_does_not_fit_keeps_its_own(tiny, fault, monkeypatch):
+    """Gemma 3n and Gemma 4 have layers without keys of their own, Doge a learned bias of each slot:
+    they are sampled by sdpa, not refused, and get no logits that are not their own."""
+    def attention(query, *args, **kwargs):
+        if fault == "fails":
+            raise RuntimeError("no such layer")
+        return torch.zeros_like(query), torch.zeros(query.shape[:3])
+    monkeypatch.setattr(exgrpo, "ATTENTION", attention)
+    model, chat = exgrpo.load_model(tiny("llama"), torch.device("cpu"))
+    assert model.config._attn_implementation == "sdpa"
+    full, _ = exgrpo.converse(model, chat, [["Why?", "So?"]], ARGS, generator())
+    for dialogue in full:
+        assert_sampled_as_scored(model, dialogue, 0.7)
+    monkeypatch.undo()
+    assert exgrpo.load_model(tiny("llama"), torch.device("cpu"))[
+        0].config._attn_implementation == "grouped"
+
+
 def test_fork_at_zero_is_the_bare_question(loaded):
     model, chat = loaded("llama")
     full, partial = exgrpo.converse(model, chat, [["Why?", "Q?"], ["What?", "R?"]], ARGS,
