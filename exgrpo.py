@@ -577,7 +577,7 @@ class KVCache:
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
         self.prompts = []            # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
-        self.table = None            # which active row is member n of group q, (Q, N)
+        self.table = None            # which active row is member n of group q, (Q, M)
         self.cells = None            # the inverse, q and n of each active row, (b,) each
 
     def get_seq_length(self, layer_idx=0):
@@ -702,14 +702,14 @@ def attend(module, query, key, value, attention_mask, grouped=None, **kwargs):
             return output.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = grouped.prompts[module.layer_idx]                             # (Q, h, C, D)
-    (b, H, _, D), (_, h, C, _), N = query.shape, keys.shape, grouped.table.shape[1]
+    (b, H, _, D), (_, h, C, _), M = query.shape, keys.shape, grouped.table.shape[1]
     query, scale = query.to(keys.dtype).reshape(b, h, H // h, D), kwargs.get("scaling")
     own, log_own = ATTENTION(query, key[:, :, C:], value[:, :, C:], scale=scale,
                              attn_mask=attention_mask[..., C:])                  # (b, h, H / h, D)
-    # The query heads of all members of a group, side by side: N * H / h queries of each key head.
+    # The query heads of all M members of a group, side by side: M * H / h queries a key head.
     members = query[grouped.table].transpose(1, 2).flatten(2, 3)
     q, n = grouped.cells
-    common, log_common = (x.unflatten(2, (N, H // h))[q, :, n]                   # (b, h, H / h, D)
+    common, log_common = (x.unflatten(2, (M, H // h))[q, :, n]                   # (b, h, H / h, D)
                           for x in ATTENTION(members, keys, values, scale=scale))
     share = torch.sigmoid(log_common - log_own)[..., None]
     return torch.lerp(own.float(), common.float(), share).view(b, 1, H, D), None
