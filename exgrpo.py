@@ -612,8 +612,7 @@ class KVCache:
         """Each row becomes group_size equal rows: the prompt of a group is read once.
 
         The slots that all rows of a group have filled are kept once more, for attend."""
-        fits = all(keys.shape == values.shape for keys, values in self.layers)  # as ATTENTION wants
-        if ATTENTION and fits and self.active.device.type == "cpu" and group_size > 1:
+        if self.active.device.type == "cpu" and group_size > 1:
             self.prompts = [[store[:, :, :min(self.lengths)].contiguous() for store in layer]
                             for layer in self.layers]
             self.groups = torch.arange(len(self.lengths)).repeat_interleave(group_size)
@@ -668,12 +667,12 @@ def visible(config, seen, behind):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, float("-inf"))[:, None]
-    full, window = added(seen), sliding_window(config)
+    window = sliding_window(config)
     if window is None:
-        return full
+        return added(seen)
     sliding = added(seen & (behind < window))
     mixed = getattr(config, "layer_types", None)
-    return {"full_attention": full, "sliding_attention": sliding} if mixed else sliding
+    return {"full_attention": added(seen), "sliding_attention": sliding} if mixed else sliding
 
 
 def sliding_window(config):
@@ -1310,24 +1309,22 @@ def rollout(model, chat, questions, args, step):
     probes = [[row["probes"][i] for i in rng.permutation(len(row["probes"]))[:args.turns]]
               for row in questions]
     cuts = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]      # k' in 0..k-1
-    finals = [as_asked(row) for row in questions]
-    asked = [[as_asked(probe) for probe in drawn] for drawn in probes]
-    scripts = [turns + [final] for turns, final in zip(asked, finals)]
+    scripts = [[as_asked(turn) for turn in (*drawn, row)] for drawn, row in zip(probes, questions)]
     forked = args.turns > 0 and args.partial == "forked"
-    full, partial = converse(model, chat, scripts, args, generator, finals, cuts if forked else ())
+    full, partial = converse(model, chat, scripts, args, generator, cuts if forked else ())
     if args.turns > 0 and args.partial == "independent":
-        shorter = [turns[:cut] + [final] for turns, cut, final in zip(asked, cuts, finals)]
+        shorter = [script[:cut] + script[-1:] for script, cut in zip(scripts, cuts)]
         partial, _ = converse(model, chat, shorter, args, generator)
     return Rollout(questions, probes, full, partial)
 
 
-def converse(model, chat, scripts, args, generator, finals=(), cuts=()):
+def converse(model, chat, scripts, args, generator, cuts=()):
     """Plays Q scripts (lists of user turns) G times each, all dialogues in step, the cache alive
     across turns -> (Q * G full dialogues, as many partial ones or, without cuts, none).
 
-    A partial dialogue is a full one, forked after k' = cuts[q] turns and asked finals[q] there: an
-    exact sample of the policy for the price of one reply, paired with its full twin. That reply is
-    sampled in one batch with the full ones' next.
+    A partial dialogue is a full one, forked after k' = cuts[q] turns and asked the script's last
+    there: an exact sample of the policy for the price of one reply, paired with its full twin. That
+    reply is sampled in one batch with the full ones' next.
     """
     G, cache = args.group_size, None
     full = [Dialogue() for _ in scripts for _ in range(G)]
@@ -1338,7 +1335,7 @@ def converse(model, chat, scripts, args, generator, finals=(), cuts=()):
         for b in forks:
             partial[b] = full[b].fork(turn)
         talk = [full[b] for b in rows] + [partial[b] for b in forks]
-        users = [scripts[b // G][turn] for b in rows] + [finals[b // G] for b in forks]
+        users = [scripts[b // G][turn] for b in rows] + [scripts[b // G][-1] for b in forks]
         for dialogue, user in zip(talk, users):
             dialogue.add_user(chat.later(user) if turn else chat.first(user))
         if cache and forks:

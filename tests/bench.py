@@ -310,7 +310,7 @@ def contend_dialogue(args, lap, forked):
     while True:
         with lap, exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             rng = torch.Generator().manual_seed(0)
-            exgrpo.converse(model, chat, [[*probes, final]], settings, rng, [final],
+            exgrpo.converse(model, chat, [[*probes, final]], settings, rng,
                             [cut] if forked else ())
 
 
@@ -459,7 +459,7 @@ def contend_whole(args, lap):
             with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
                 full, partial = exgrpo.converse(
                     model, chat, [[*probes, final]] * args.questions, settings, rng,
-                    [final] * args.questions, [cut] * args.questions)
+                    [cut] * args.questions)
             update(full + partial)
 
 

@@ -295,8 +295,7 @@ def a_step(model, chat, seed=0):
     hand."""
     scripts = [["Why?", "So? " * 4, "The question"], ["What if?", "Then?", "The other"]]
     rng = torch.Generator().manual_seed(seed)
-    full, partial = exgrpo.converse(model, chat, scripts, ARGS, rng, ["The question", "The other"],
-                                    [1, 0])
+    full, partial = exgrpo.converse(model, chat, scripts, ARGS, rng, [1, 0])
     probes = [[{"probe": "Why?", "rationale": "So.", "answer": "3", "answer_type": "number"}] * n
               for n in (1, 2)]
     advantages = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)

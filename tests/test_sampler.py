@@ -67,7 +67,7 @@ def test_forked_dialogue_is_a_sample_of_the_policy(loaded, kind):
     model, chat = loaded(kind)
     scripts = [["Why?", "And then? " * 2, "So?", "The question"], ["What?", "If?", "The other"]]
     finals, cuts = ["The question", "The other"], [1, 2]
-    full, partial = exgrpo.converse(model, chat, scripts, ARGS, generator(), finals, cuts)
+    full, partial = exgrpo.converse(model, chat, scripts, ARGS, generator(), cuts)
     for b, dialogue in enumerate(partial):
         n_turns, final = cuts[b // 3], chat.later(finals[b // 3])
         end = full[b].ends[n_turns - 1]
@@ -133,7 +133,7 @@ def test_a_model_that_our_attention_does_not_fit_keeps_its_own(tiny, fault, monk
 def test_fork_at_zero_is_the_bare_question(loaded):
     model, chat = loaded("llama")
     full, partial = exgrpo.converse(model, chat, [["Why?", "Q?"], ["What?", "R?"]], ARGS,
-                                    generator(), ["Q?", "R?"], [0, 1])
+                                    generator(), [0, 1])
     for dialogue in partial[:3]:
         assert dialogue.ids[:len(chat.first("Q?"))] == chat.first("Q?")
         assert len(dialogue.replies) == 1
