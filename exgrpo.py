@@ -381,9 +381,9 @@ class LoRA(nn.Module):
         super().__init__()
         weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D: transposed
         self.base, self.scale, self.enabled = base, alpha / rank, True
-        self.A = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        start = nn.init.kaiming_uniform_(torch.empty(rank, weight.shape[1]), a=5 ** 0.5)
+        self.A = nn.Parameter(start.to(weight.device))  # the same on every device
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        nn.init.kaiming_uniform_(self.A, a=5 ** 0.5)
         self.rounded_off = None
         if bf16:
             exact = base.weight.data
@@ -575,10 +575,11 @@ class KVCache:
         self.parts = {}              # the same of the active rows only, where some have finished
         self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
+        self.places = {}             # where its keys and values go, see _write
         self.prompts = []            # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
-        self.table = None            # which active row is member n of group q, (Q, M)
-        self.cells = None            # the inverse, q and n of each active row, (b,) each
+        self.table = None            # which active row is member n of group q, at q * M + n
+        self.cells = None            # the inverse: q * M + n of each active row, (b,)
 
     def get_seq_length(self, layer_idx=0):
         return max(self.lengths)
@@ -588,9 +589,13 @@ class KVCache:
         if self.prompts:
             q = self.groups[rows]
             n = (q == q[:, None]).tril(-1).sum(1)  # earlier active rows of the same group
-            self.table = rows.new_zeros(len(self.prompts[0][0]), 1 + n.max())
-            self.table[q, n] = torch.arange(len(rows))  # row 0 fills the rest, and is not used
-            self.cells = q, n
+            self.cells = q * (1 + n.max()) + n
+            self.table = rows.new_zeros(len(self.prompts[0][0]) * (1 + n.max()))
+            self.table[self.cells] = torch.arange(len(rows))  # row 0 fills the rest, unused
+
+    def start(self, positions, n_slots):
+        """A pass begins that reads the tokens at these positions (b, T) of the active rows."""
+        self.positions, self.n_slots, self.places = positions, n_slots, {}
 
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
@@ -598,15 +603,29 @@ class KVCache:
         if layer_idx == len(self.layers):
             self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
                                 for x in new])
-        stores = self.layers[layer_idx] = _write(
-            self.layers[layer_idx], self.active, self.positions, new, self.n_slots)
+        stores = self.layers[layer_idx] = self._write(self.layers[layer_idx], new)
         if len(self.active) < len(self.lengths):  # copied when rows leave, not at every token
             parts = self.parts.get(layer_idx)
-            everyone = torch.arange(len(self.active), device=self.active.device)
             stores = self.parts[layer_idx] = [
-                store[self.active] for store in stores] if parts is None else _write(
-                parts, everyone, self.positions, new, self.n_slots)
+                store[self.active] for store in stores] if parts is None else self._write(
+                parts, new)
         return [store[:, :, :self.n_slots] for store in stores]
+
+    def _write(self, stores, new):
+        """Puts new keys and values (b, H, T, D) into two stores (B, H, S, D), or b rows of them, or
+        their larger successors, which are returned."""
+        B, H, S = stores[0].shape[:3]
+        if S < self.n_slots:  # by a quarter, to a multiple of 128: seldom copied
+            more = -(-self.n_slots * 5 // 512) * 128 - S
+            stores, S = [F.pad(store, (0, 0, 0, more)) for store in stores], S + more
+        if (B, H, S) not in self.places:  # for the first layer of a pass; others are like it
+            rows, device = self.active, self.active.device
+            rows = rows if B == len(self.lengths) else torch.arange(B, device=device)
+            heads = rows[:, None, None] * H + torch.arange(H, device=device)[:, None]
+            self.places[B, H, S] = (heads * S + self.positions[:, None]).flatten()  # of (b, H, T)
+        for store, x in zip(stores, new):
+            store.flatten(0, 2).index_copy_(0, self.places[B, H, S], x.flatten(0, 2))
+        return stores
 
     def repeat(self, group_size):
         """Each row becomes group_size equal rows: the prompt of a group is read once.
@@ -640,20 +659,6 @@ class KVCache:
         if self.prompts:
             self.groups = self.groups[:n_rows]
             self.prompts = [[x[:1 + self.groups[-1]] for x in layer] for layer in self.prompts]
-
-
-def _write(stores, rows, positions, new, n_slots):
-    """Puts new keys and values (b, H, T, D) at positions (b, T) of these rows of the two stores
-    (B, H, S, D), or of their larger successors, which are returned."""
-    H, S = stores[0].shape[1:3]
-    if S < n_slots:  # by a quarter, to a multiple of 128: seldom copied
-        more = -(-n_slots * 5 // 512) * 128 - S
-        stores, S = [F.pad(store, (0, 0, 0, more)) for store in stores], S + more
-    heads = torch.arange(H, device=rows.device)[:, None]
-    places = ((rows[:, None, None] * H + heads) * S + positions[:, None]).flatten()  # of (b, H, T)
-    for store, x in zip(stores, new):
-        store.flatten(0, 2).index_copy_(0, places, x.flatten(0, 2))
-    return stores
 
 
 def visible(config, seen, behind):
@@ -701,15 +706,15 @@ def attend(module, query, key, value, attention_mask, grouped=None, **kwargs):
             return output.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = grouped.prompts[module.layer_idx]                             # (Q, h, C, D)
-    (b, H, _, D), (_, h, C, _), M = query.shape, keys.shape, grouped.table.shape[1]
+    (b, H, _, D), (Q, h, C, _), M = query.shape, keys.shape, len(grouped.table) // len(keys)
     query, scale = query.to(keys.dtype).reshape(b, h, H // h, D), kwargs.get("scaling")
     own, log_own = ATTENTION(query, key[:, :, C:], value[:, :, C:], scale=scale,
                              attn_mask=attention_mask[..., C:])                  # (b, h, H / h, D)
     # The query heads of all M members of a group, side by side: M * H / h queries a key head.
-    members = query[grouped.table].transpose(1, 2).flatten(2, 3)
-    q, n = grouped.cells
-    common, log_common = (x.unflatten(2, (M, H // h))[q, :, n]                   # (b, h, H / h, D)
-                          for x in ATTENTION(members, keys, values, scale=scale))
+    members = query.index_select(0, grouped.table).unflatten(0, (Q, M)).transpose(1, 2)
+    common, log_common = (
+        x.unflatten(2, (M, H // h)).transpose(1, 2).flatten(0, 1).index_select(0, grouped.cells)
+        for x in ATTENTION(members.flatten(2, 3), keys, values, scale=scale))    # (b, h, H / h, D)
     share = torch.sigmoid(log_common - log_own)[..., None]
     return torch.lerp(own.float(), common.float(), share).view(b, 1, H, D), None
 
@@ -727,7 +732,7 @@ def cache_argument(kind):
 
 def forward_cached(model, cache, ids, positions, n_slots):
     """ids and positions (b, T) of the active rows -> hidden states (b, T, D); the cache grows."""
-    cache.positions, cache.n_slots = positions, n_slots
+    cache.start(positions, n_slots)
     behind = positions[..., None] - torch.arange(n_slots, device=positions.device)  # (b, T, S)
     config = model.config.get_text_config()
     mask, window = visible(config, behind >= 0, behind), sliding_window(config)
@@ -752,6 +757,45 @@ def extend(model, cache, chunks):
         cache.lengths[row] += count
     last = torch.tensor(counts, device=model.device) - 1
     return head(model, hidden[torch.arange(len(chunks), device=model.device), last])
+
+
+def read_token(model, cache, token, position, n_slots):
+    """Reads one token (b,) at its position (b,) in each active row -> logits behind it, (b, V)."""
+    hidden = forward_cached(model, cache, token[:, None], position[:, None], n_slots)
+    return head(model, hidden[:, -1])
+
+
+class Recorded:
+    """read_token on a GPU: recorded as a CUDA graph and replayed, so that a token costs one launch
+    in place of the thousand at whose speed Python would go.
+
+    A graph reads and writes where it did when it was recorded. So the first token of a new shape
+    (rows left, or more slots in use) is read without one: what is grown or copied, is so then. A
+    model that asks the GPU for a value on its way cannot be recorded, and is not.
+    """
+
+    def __init__(self):
+        self.shape = self.graph = self.inputs = self.logits = None
+        self.possible = True
+
+    def __call__(self, model, cache, token, position, n_slots):
+        if not self.possible or self.shape != (len(token), n_slots):
+            self.shape, self.graph = (len(token), n_slots), None
+            return read_token(model, cache, token, position, n_slots)
+        if self.graph is None:
+            self.inputs, self.graph = (token.clone(), position.clone()), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.logits = read_token(model, cache, *self.inputs, n_slots)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self.possible = False
+                return self(model, cache, token, position, n_slots)
+        for kept, new in zip(self.inputs, (token, position)):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.logits
 
 
 def draw(logits, temperature, u):
@@ -835,7 +879,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
     dialogues of its `rows` (default: all), of which only what the cache does not hold is read.
     Prompts may contain stop_ids: a reply ends with the first one that was sampled.
     """
-    device = model.device
+    device, cpu = model.device, model.device.type == "cpu"
     if cache is None:
         cache = KVCache(len(prompts), device)
         logits = extend(model, cache, prompts).repeat_interleave(group_size, dim=0)  # (B, V)
@@ -856,6 +900,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
     going = torch.ones(B, dtype=torch.bool, device=device)
     live = torch.arange(B, device=device)                    # the replies still in the batch
     precise = torch.float32 if device.type == "mps" else torch.float64
+    read = Recorded() if device.type == "cuda" else read_token
     for t in range(max_new_tokens):
         # A number for every row, finished or not: no row's luck depends on another's length.
         u = torch.rand(B, generator=generator, device=device, dtype=precise)
@@ -865,16 +910,17 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
         going[live] &= ~torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
-        if device.type == "cpu" or t % 8 == 7:  # to ask a GPU is to wait: only now and then
+        if cpu or t % 8 == 7:  # to ask a GPU is to wait: only now and then
             left = going[live].nonzero().squeeze(1)
             if len(left) == 0:
                 break
-            if len(left) < len(live):  # finished rows leave the batch
+            # Finished rows leave the batch: a GPU, to which they cost little, by halves.
+            if len(left) * (1 if cpu else 2) < len(live):
                 live, token = live[left], token[left]
                 cache.activate(where[live])
-        hidden = forward_cached(model, cache, token[:, None], (lengths[live] + t)[:, None],
-                                n_slots=longest + t + 1)
-        logits = head(model, hidden[:, -1])                  # (b, V)
+        n_slots = longest + t + 1
+        n_slots = n_slots if cpu else -(-n_slots // 128) * 128  # shapes that stay the same
+        logits = read(model, cache, token, lengths[live] + t, n_slots)               # (b, V)
 
     counts, tokens, logps = counts.tolist(), tokens.tolist(), logps.tolist()
     for i, row in enumerate(rows):  # the last token of a reply was sampled but never read

@@ -12,11 +12,11 @@ with a word.
     python tests/bench.py growth        # a step for G = 4..32 and k = 1..10
     python tests/bench.py limit         # beside the limits of this machine's memory and products
 
-    --model FOLDER  --dtype fp32|bf16  --threads N  --repeats N
+    --model FOLDER  --dtype fp32|bf16  --threads N  --repeats N  --device cpu|cuda
 
 Contenders run in processes of their own and take turns, so that a busy machine is busy for all;
-figures are medians of CPU seconds. Without --model it is $EXGRPO_MODELS/smollm2, or else the toy
-student.
+figures are medians of CPU seconds or, with --device cuda, of seconds on the clock and of the GPU's
+memory. Without --model it is $EXGRPO_MODELS/smollm2, or else the toy student.
 """
 import argparse
 import contextlib
@@ -45,8 +45,10 @@ import exgrpo  # noqa: E402
 import reward  # noqa: E402
 
 
-def cpu():
-    """The CPU's name, to stand beside every figure."""
+def machine(device="cpu"):
+    """The processor's name, to stand beside every figure."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(": ")[1].strip() for line in file
@@ -79,7 +81,7 @@ def grader():
                                                                    parse(output))
     except ImportError:
         print("math-verify is not installed (pip install math-verify): skipped")
-    print(f"{len(cases)} cases, 1 thread, {cpu()}\n"
+    print(f"{len(cases)} cases, 1 thread, {machine()}\n"
           f"{'grader':24}{'right':>8}{'wrong paid':>12}{'s per 1,000':>13}")
     for name, grade in graders.items():
         start = time.perf_counter()
@@ -149,7 +151,7 @@ def stage1(n=100_000):
     """Memory while the questions stream, and how busy a slower server's slots are kept."""
     with tempfile.TemporaryDirectory() as folder:
         seconds = stream(serve(), n, folder)
-        print(f"{n / seconds:.0f} questions a second, {cpu()}")
+        print(f"{n / seconds:.0f} questions a second, {machine()}")
         Stub.delay, Stub.busy = 0.2, []
         seconds = stream(serve(), 800, folder)
         print(f"slots in use: {sum(Stub.busy) / seconds:.1f} of 16 on average, {seconds:.1f} s")
@@ -160,16 +162,24 @@ def stage1(n=100_000):
 class Lap:
     """with lap: work. Waits for its turn before, reports its CPU and wall seconds behind."""
 
+    def __init__(self, device):
+        self.gpu = device == "cuda"
+
+    def clocks(self):
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.process_time(), time.perf_counter()
+
     def __enter__(self):
         print("READY", flush=True)
         if not sys.stdin.readline().strip():
-            print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, flush=True)
+            print("PEAK", torch.cuda.max_memory_allocated() / 2 ** 30 if self.gpu else
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, flush=True)
             os._exit(0)
-        self.start = time.process_time(), time.perf_counter()
+        self.start = self.clocks()
 
     def __exit__(self, *_):
-        print("LAP", time.process_time() - self.start[0], time.perf_counter() - self.start[1],
-              flush=True)
+        print("LAP", *(end - start for start, end in zip(self.start, self.clocks())), flush=True)
 
 
 def listen(process, word):
@@ -181,7 +191,7 @@ def listen(process, word):
 
 def race(args, contenders):
     """Lets contenders (names) take turns after a warm-up each and prints their medians, the first
-    one's ratio to each, and peak memory. Returns {name: CPU seconds}."""
+    one's ratio to each, and peak memory. Returns {name: seconds}."""
     runners = {}
     for name in contenders:
         flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items()
@@ -208,20 +218,23 @@ def race(args, contenders):
         runner.stdin.close()
         peaks[name] = listen(runner, "PEAK")[0]
         runner.wait()
-    return report(runners, laps, peaks)
+    return report(runners, laps, peaks, args.device == "cuda")
 
 
-def report(names, laps, peaks):
-    medians = {name: statistics.median(cpu for cpu, _ in laps[name]) for name in names}
+def report(names, laps, peaks, clock):
+    """clock: compare seconds on the clock in place of CPU seconds."""
+    medians = {name: statistics.median(lap[clock] for lap in laps[name]) for name in names}
     if not medians:
         return medians
     first = next(iter(medians))
-    print(f"{'':34}{'CPU s':>9}{'min..max':>16}{'wall s':>9}{'peak GiB':>10}{'time':>7}{'peak':>7}")
-    for name, cpu in medians.items():
-        spread = "{:.2f}..{:.2f}".format(*(f(c for c, _ in laps[name]) for f in (min, max)))
-        wall = statistics.median(wall for _, wall in laps[name])
-        print(f"{name:34}{cpu:9.2f}{spread:>16}{wall:9.2f}{peaks[name]:10.2f}"
-              f"{cpu / medians[first]:7.2f}{peaks[name] / peaks[first]:7.2f}", flush=True)
+    units = ("CPU s", "wall s")[::-1 if clock else 1]
+    print(f"{'':34}{units[0]:>9}{'min..max':>16}{units[1]:>9}{'peak GiB':>10}{'time':>7}"
+          f"{'peak':>7}")
+    for name, median in medians.items():
+        spread = "{:.2f}..{:.2f}".format(*(f(lap[clock] for lap in laps[name]) for f in (min, max)))
+        other = statistics.median(lap[not clock] for lap in laps[name])
+        print(f"{name:34}{median:9.2f}{spread:>16}{other:9.2f}{peaks[name]:10.2f}"
+              f"{median / medians[first]:7.2f}{peaks[name] / peaks[first]:7.2f}", flush=True)
     print()
     return medians
 
@@ -239,7 +252,7 @@ def load(args):
     """(model, chat) as exgrpo.py loads them, and the settings of a step."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model, chat = exgrpo.load_model(model_folder(args), torch.device("cpu"))
+    model, chat = exgrpo.load_model(model_folder(args), torch.device(args.device))
     chat.stop_ids = []  # every reply has its full length: equal work for all
     return model, chat, types.SimpleNamespace(
         group_size=args.group, max_new_tokens=args.new_tokens, temperature=1.0, turns=args.turns,
@@ -267,8 +280,8 @@ def ragged_prompts(chat):
 def hf_generate(model, prompts, copies, new_tokens):
     """transformers' generate over the full vocabulary, left-padded -> lists of new ids."""
     T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
         output = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0,
                                 min_new_tokens=new_tokens, max_new_tokens=new_tokens,
@@ -287,7 +300,8 @@ def contend_sample(args, lap):
     while True:
         with lap, exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             exgrpo.sample(model, prompts, max_new_tokens=args.new_tokens, temperature=1.0,
-                          stop_ids=[], group_size=args.group, generator=torch.Generator())
+                          stop_ids=[], group_size=args.group,
+                          generator=torch.Generator(model.device))
 
 
 def contend_generate(args, lap):
@@ -309,7 +323,7 @@ def contend_dialogue(args, lap, forked):
     (*probes, final), cut = scripts_of(chat, args)
     while True:
         with lap, exgrpo.autocast(settings, model.device), exgrpo.packed(model):
-            rng = torch.Generator().manual_seed(0)
+            rng = torch.Generator(model.device).manual_seed(0)
             exgrpo.converse(model, chat, [[*probes, final]], settings, rng,
                             [cut] if forked else ())
 
@@ -354,7 +368,7 @@ def single_turns(chat, args):
 
 def updater(args, model, settings):
     """(dialogues) -> one ExGRPO update with a frozen reference; no advantage is 0."""
-    reference = exgrpo.load_model(model_folder(args), torch.device("cpu"))[0]
+    reference = exgrpo.load_model(model_folder(args), model.device)[0]
     exgrpo.freeze(reference, settings.bf16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
@@ -390,6 +404,7 @@ def contend_padded(args, lap):
 def contend_head(args, lap, chunked):
     """Forward and backward of the loss alone: 2,048 trained tokens, the head of gemma3-270m."""
     torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     head = torch.nn.Linear(640, 262144, bias=False)
     config = types.SimpleNamespace(get_text_config=lambda: None)
     model = types.SimpleNamespace(get_output_embeddings=lambda: head, config=config)
@@ -427,8 +442,9 @@ def trl_trainer(args, lap, rollout, members, checkpointing=True):
     def alternate(completions, **_):
         return [float(i % 2) for i in range(len(completions))]
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[], logging_strategy="no",
-        save_strategy="no", disable_tqdm=True, beta=0.04, learning_rate=1e-6, max_steps=1000,
+        output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu", report_to=[],
+        logging_strategy="no", save_strategy="no", disable_tqdm=True, beta=0.04,
+        learning_rate=1e-6, max_steps=1000,
         num_generations=members, per_device_train_batch_size=8, temperature=1.0,
         gradient_accumulation_steps=args.questions * members // 8, bf16=args.dtype == "bf16",
         gradient_checkpointing=checkpointing, max_completion_length=4096)
@@ -455,7 +471,7 @@ def contend_whole(args, lap):
     (*probes, final), cut = scripts_of(chat, args)
     while True:
         with lap:
-            rng = torch.Generator().manual_seed(0)
+            rng = torch.Generator(model.device).manual_seed(0)
             with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
                 full, partial = exgrpo.converse(
                     model, chat, [[*probes, final]] * args.questions, settings, rng,
@@ -515,12 +531,13 @@ def turns(args):
     args.new_tokens = 48
     print("seconds a turn, cache kept (k probes and the question):")
     for args.turns in (1, 2, 5, 10):
-        for name, cpu in race(args, ["full dialogues, cache kept"]).items():
-            print(f"k = {args.turns:2}: {cpu / (args.turns + 1):.2f} CPU s a turn", flush=True)
+        for name, seconds in race(args, ["full dialogues, cache kept"]).items():
+            print(f"k = {args.turns:2}: {seconds / (args.turns + 1):.2f} s a turn", flush=True)
 
 
 def step(args):
-    args.micro_batch_tokens = 400  # trees of four replies and their prompt; TRL takes 8 rows
+    # Trees of four replies and their prompt, or, where memory is no matter, TRL's 8 rows.
+    args.micro_batch_tokens = 400 if args.device == "cpu" else 2048
     race(args, ["exgrpo.update", "exgrpo.update, padded", "TRL, its default",
                 "TRL, without checkpointing"])
 
@@ -545,23 +562,24 @@ def growth(args):
 def limit(args):
     """Decoding and training beside the matrix products of the model's own shapes, and a copy."""
     model, chat, settings = load(args)
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    dtype, lap = torch.bfloat16 if settings.bf16 else torch.float32, Lap(args.device)
 
     def seconds(work):
         times = []
         for _ in range(args.repeats + 1):
-            start = time.process_time()
+            start = lap.clocks()[lap.gpu]
             work()
-            times.append(time.process_time() - start)
+            times.append(lap.clocks()[lap.gpu] - start)
         return statistics.median(times[1:])
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     weights = [layer.weight.detach().to(dtype) for layer in layers]
     n_weights = sum(w.numel() for w in weights)
-    buffer = torch.zeros(2 ** 27)
+    buffer = torch.zeros(2 ** 27, device=model.device)
     copy = 2 * buffer.nbytes / seconds(lambda: buffer.clone().copy_(buffer)) * 2
 
     def products(rows, works):
-        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype, device=model.device)
+                  for w in weights}
         with torch.no_grad():
             return seconds(lambda: [work(inputs[w.shape[1]]) for work, w in zip(works, weights)])
     many = products(1024, [functools.partial(torch.nn.functional.linear, weight=w)
@@ -573,7 +591,7 @@ def limit(args):
     def decode(n):
         with exgrpo.autocast(settings, model.device), exgrpo.packed(model):
             exgrpo.sample(model, prompts, max_new_tokens=n, temperature=1.0, stop_ids=[],
-                          group_size=8, generator=torch.Generator())
+                          group_size=8, generator=torch.Generator(model.device))
     ours = (seconds(lambda: decode(33)) - seconds(lambda: decode(1))) / 32
     update, dialogues = updater(args, model, settings), single_turns(chat, args)
     places = sum(int(forest.ids.numel()) for _, forest in exgrpo.plant_batches(
@@ -606,6 +624,7 @@ def parse_args():
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for name, value in (("group", 8), ("turns", 5), ("questions", 4), ("new-tokens", 64),
                         ("micro-batch-tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
@@ -620,10 +639,11 @@ if __name__ == "__main__":
     args = parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     if args.benchmark == ["contend"]:
-        CONTENDERS[args.name](args, Lap())
+        CONTENDERS[args.name](args, Lap(args.device))
     for benchmark in args.benchmark or ["grader"]:
         if benchmark not in ("grader", "ei"):
             what = "gemma3's head, fp32" if benchmark == "head" else (
                 f"{os.path.basename(model_folder(args))}, {args.dtype}")
-            print(f"{benchmark}: {what}, {args.threads} thread(s), {cpu()}")
+            print(f"{benchmark}: {what}, {args.threads} thread(s), "
+                  f"{machine(args.device)}, torch {torch.__version__}")
         BENCHMARKS[benchmark](types.SimpleNamespace(**vars(args)))
