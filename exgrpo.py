@@ -690,15 +690,18 @@ def sliding_window(config):
 ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def attend(module, query, key, value, attention_mask, grouped=None, **kwargs):
-    """transformers' sdpa, (b, H, T, D) -> (b, T, H, D), without two kinds of copies on a CPU.
+def attend(module, query, key, value, attention_mask, grouped=None, runs=None, **kwargs):
+    """transformers' sdpa, (b, H, T, D) -> (b, T, H, D), without some copies and work on a CPU.
     Called by the model's layers.
 
     With many queries a row, each of the h key heads serves its H / h query heads as it is: sdpa
-    copies it for each. With one query a row of a KVCache (grouped), what a group has in common, C
-    slots, is read once for all its members, and only the rest row by row: a softmax over two parts
-    is the mean of the softmax over each, weighted by its denominator's share of the sum of both.
+    copies it for each. In trees (runs), only pairs of tokens of one dialogue are formed. With one
+    query a row of a KVCache (grouped), what a group has in common, C slots, is read once for all
+    its members, and only the rest row by row: a softmax over two parts is the mean of the softmax
+    over each, weighted by its denominator's share of the sum of both.
     """
+    if runs is not None:
+        return attend_runs(query, key, value, runs, kwargs.get("scaling")), None
     if grouped is None:
         if key.device.type == "cpu" and query.shape[2] > 1 and attention_mask is not None:
             output = F.scaled_dot_product_attention(
@@ -717,6 +720,23 @@ def attend(module, query, key, value, attention_mask, grouped=None, **kwargs):
         for x in ATTENTION(members.flatten(2, 3), keys, values, scale=scale))    # (b, h, H / h, D)
     share = torch.sigmoid(log_common - log_own)[..., None]
     return torch.lerp(own.float(), common.float(), share).view(b, 1, H, D), None
+
+
+def attend_runs(query, key, value, runs, scale):
+    """Attention over trees, (R, H, P, D) -> (R, P, H, D), run by run: its queries look at the runs
+    before it in its dialogues, and at itself up to each query. What grows with the square of a
+    dialogue's length need not grow with that of a tree's."""
+    (R, H, P, D), h, outputs = query.shape, key.shape[1], []
+    for tree, *tensors in zip(runs.trees, query.unbind(), key.unbind(), value.unbind()):
+        sizes = [n for n, _ in tree]
+        queries, keys, values = (x.split(sizes, dim=1) for x in tensors)             # (H, n, D)
+        for i, (n, before) in enumerate(tree):
+            k, v = (torch.cat([x[j] for j in (*before, i)], dim=1) for x in (keys, values))
+            mask = runs.mask(n, k.shape[1], H // h, query.dtype)
+            output = F.scaled_dot_product_attention(  # each key head has H / h * n queries
+                queries[i].reshape(1, h, -1, D), k[None], v[None], mask, scale=scale)
+            outputs.append(output.view(H, n, D).transpose(0, 1))
+    return torch.cat(outputs).view(R, P, H, D)
 
 
 AttentionInterface.register("grouped", attend)
@@ -1010,6 +1030,7 @@ def grow_trees(rows, budget, width):
     4 with paths [0, 1, 2] and [0, 1, 3]. A tree has at most `budget` tokens (a longer row stands
     alone), and a row joins it only if that pays: in a layer of `width` D a token costs about
     24 D^2, and each pair of a tree's tokens, seen or not, 4 D, at half the speed of a product.
+    (By runs, pairs that are not seen cost nothing: plant_batches.)
     """
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # what begins alike stands together
@@ -1028,6 +1049,37 @@ def n_places(tree):
     return 1 + tree[-1][1][-1]  # rows are sorted: the last path ends at the last place
 
 
+class Runs:
+    """The trees of a forest, cut where paths part: trees[r] lists, in the order of the places of
+    row r, (length, indices of the runs before it in its dialogues), and the padding as one more."""
+
+    def __init__(self, trees, n_places):
+        self.trees, self.masks = [cut_into_runs(tree, n_places) for tree in trees], {}
+
+    def mask(self, n, n_keys, copies, dtype):
+        """The last n of n_keys tokens look at what is not behind them: (copies * n, n_keys)."""
+        key = n, n_keys, copies, dtype
+        if key not in self.masks:
+            mask = torch.full((n, n_keys), float("-inf"), dtype=dtype).triu(1 + n_keys - n)
+            self.masks[key] = mask.repeat(copies, 1)
+        return self.masks[key]
+
+
+def cut_into_runs(tree, P):
+    """cut_into_runs([(0, [0, 1, 2]), (1, [0, 1, 3])], 5) == [(2, []), (1, [0]), (1, [0]), (1, [])]:
+    places 0 and 1; 2, behind them; 3, behind the first two as well; padding."""
+    starts = {0, n_places(tree)} - {P}
+    for _, path in tree:
+        starts |= {start for a, b in zip(path, path[1:]) if b != a + 1 for start in (a + 1, b)}
+    starts = sorted(starts)
+    index, before = {start: i for i, start in enumerate(starts)}, [[] for _ in starts]
+    for _, path in tree:
+        chain = [index[place] for place in path if place in index]
+        for n, i in enumerate(chain):
+            before[i] = chain[:n]
+    return list(zip(np.diff([*starts, P]).tolist(), before))
+
+
 class Forest(NamedTuple):
     """Trees of dialogues side by side, one a row: P places a row, R rows, B dialogues."""
     ids: torch.Tensor        # (R, P)
@@ -1037,6 +1089,7 @@ class Forest(NamedTuple):
     trained: torch.Tensor    # (R, P)
     paths: torch.Tensor      # (B, T), the places of a dialogue's tokens, r * P + place
     mask: torch.Tensor       # (B, T), 1 = trained, 0 elsewhere and behind the dialogue's end
+    runs: Runs               # what `seen` says, in another form
 
 
 def plant(trees, dialogues, device):
@@ -1056,15 +1109,25 @@ def plant(trees, dialogues, device):
     paths, mask = pad_rows([[r * P + place for place in path] for r, tree in enumerate(trees)
                             for _, path in tree], [dialogues[b].mask for b in chosen], device)
     tensors = [x.to(device) for x in (ids, positions, parents, seen, trained.bool())]
-    return chosen, Forest(*tensors, paths, mask)
+    return chosen, Forest(*tensors, paths, mask, Runs(trees, P))
 
 
 def plant_batches(dialogues, model, budget):
     """All dialogues as forests of at most `budget` padded tokens -> (indices, Forest), ..."""
-    trees = grow_trees([d.ids for d in dialogues], budget,
-                       model.config.get_text_config().hidden_size)
+    width = model.config.get_text_config().hidden_size
+    if sees_runs(model, max((len(d.ids) for d in dialogues), default=0)):
+        width = sys.maxsize  # no pair of two dialogues is formed: what can be shared pays
+    trees = grow_trees([d.ids for d in dialogues], budget, width)
     for batch in micro_batches(list(map(n_places, trees)), budget):
         yield plant([trees[i] for i in batch], dialogues, model.device)
+
+
+def sees_runs(model, n_tokens):
+    """Does attend_runs serve this model, over dialogues of this length? No layer may look back
+    less far, and on a GPU many small products take longer than a large one."""
+    window = sliding_window(model.config.get_text_config())
+    return (model.device.type == "cpu" and model.config._attn_implementation == "grouped"
+            and (window is None or n_tokens <= window))
 
 
 def tree_logprobs(model, forest, temperature=1.0):
@@ -1072,11 +1135,14 @@ def tree_logprobs(model, forest, temperature=1.0):
 
     Autograd adds up, at a shared token, the gradients of all dialogues that run through it.
     """
-    positions, keep = forest.positions, forest.trained
-    mask = visible(model.config.get_text_config(), forest.seen,
+    keep, positions, seen, runs = forest.trained, forest.positions, forest.seen, {}
+    if sees_runs(model, forest.paths.shape[1]):  # no mask is looked at, but one is asked for
+        positions, seen, runs = positions[:1, :1], seen[:1, :1, :1], {"runs": forest.runs}
+    mask = visible(model.config.get_text_config(), seen,
                    positions[:, :, None] - positions[:, None])
-    hidden = model.base_model(input_ids=forest.ids, position_ids=positions, attention_mask=mask,
-                              use_cache=False).last_hidden_state                    # (R, P, D)
+    hidden = model.base_model(
+        input_ids=forest.ids, position_ids=forest.positions, attention_mask=mask,
+        use_cache=False, **runs).last_hidden_state                                  # (R, P, D)
     before = hidden[keep.nonzero()[:, 0], forest.parents[keep]]                     # (N, D)
     logps = head_logps(model, before, forest.ids[keep], temperature)                # (N,)
     logps = torch.zeros(keep.shape, device=keep.device).masked_scatter(keep, logps)
@@ -1303,6 +1369,12 @@ def autocast(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
+def adamw(model, lr):
+    """Fused: one pass over the weights in place of eight."""
+    return torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0,
+                             fused=model.device.type != "mps")
+
+
 def optimizer_step(model, optimizer, stage):
     """Clips the gradient's norm to 1 and steps -> the norm. If it is not finite, stops the run."""
     norm = float(nn.utils.clip_grad_norm_(trainable(model).values(), MAX_GRAD_NORM))
@@ -1320,7 +1392,7 @@ def warm_up(args, questions, device):
     examples = [teacher_dialogue(chat, [row]) for question in questions
                 for row in (question, *question["probes"])]
     n_steps = -(-len(examples) * args.sft_epochs // args.sft_batch_size)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.sft_lr, weight_decay=0.0)
+    optimizer = adamw(model, args.sft_lr)
     start = load_checkpoint(args, "SFT", model, optimizer)
     tokens = sum(sum(example.mask) for example in examples)
     print(f"SFT       {len(examples)} examples, {tokens:,} trained tokens, {n_steps} steps")
@@ -1509,7 +1581,7 @@ def reinforce(args, questions, device):
     else:
         pi_ref = freeze(load_model(source, device)[0], args.bf16) if args.beta > 0 else None
         reference = functools.partial(contextlib.nullcontext, pi_ref)
-    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.lr, weight_decay=0.0)
+    optimizer = adamw(policy, args.lr)
     start = load_checkpoint(args, "ExGRPO", policy, optimizer)
     if start > args.steps:
         raise UserError(f"--resume: {start} steps are done, more than --steps {args.steps}")

@@ -370,7 +370,7 @@ def updater(args, model, settings):
     """(dialogues) -> one ExGRPO update with a frozen reference; no advantage is 0."""
     reference = exgrpo.load_model(model_folder(args), model.device)[0]
     exgrpo.freeze(reference, settings.bf16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = exgrpo.adamw(model, 1e-6)
 
     def update(dialogues):
         advantages = torch.where(torch.arange(len(dialogues)) % 2 == 0, 1.0, -1.0).double()

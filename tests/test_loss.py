@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import types
 
 import pytest
@@ -343,12 +344,16 @@ def planted(model, dialogues, budget):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1, 300, 10 ** 6])
-def test_trees_equal_the_padded_form(loaded, kind, budget):
+@pytest.mark.parametrize("by_runs", [True, False])
+def test_trees_equal_the_padded_form(loaded, kind, budget, by_runs, monkeypatch):
     """The training step reads what dialogues share once: a group's prompt, a pair up to its fork.
     A branch that saw its sibling, positions counted along the row, or a window measured in places
     would move these log-probs; a shared token that took one branch's gradient only would move the
-    gradient. Learned positions and windows of 24 tokens are among the kinds, T = 0.7."""
+    gradient. Learned positions and windows of 24 tokens are among the kinds, T = 0.7. Attention is
+    by runs where it can be, or by masks, as on a GPU."""
     model, chat = loaded(kind)
+    if not by_runs:
+        monkeypatch.setattr(exgrpo, "sees_runs", lambda *_: False)
     dialogues, _, teacher = a_step(model, chat)
     dialogues += teacher + dialogues[:1] + [dialogues[0].fork(1)]  # a twin, and a prefix
     ids, mask = exgrpo.pad_rows([d.ids for d in dialogues], [d.mask for d in dialogues],
@@ -388,9 +393,39 @@ def test_trees_hold_every_row_once_within_the_budget():
                 {len(rows[b]) for b, _ in tree}) == 1
 
 
+def test_runs_say_what_the_mask_says():
+    """Random trees, with twins, prefixes, forks of forks and padding: each query looks at the runs
+    before its own and at its own up to itself, which must be what the dialogues' own order says."""
+    assert exgrpo.cut_into_runs([(0, [0, 1, 2]), (1, [0, 1, 3])], 5) == [
+        (2, []), (1, [0]), (1, [0]), (1, [])]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 2, (n,), generator=generator).tolist() for n in range(2, 30)]
+    rows += [rows[20], rows[27][:9], rows[27][:9] + rows[26]]
+    dialogues = [exgrpo.Dialogue(row, [1] * len(row)) for row in rows]
+    for budget in (40, 10 ** 6):
+        trees = exgrpo.grow_trees(rows, budget, sys.maxsize)
+        _, forest = exgrpo.plant(trees, dialogues, torch.device("cpu"))
+        assert len(trees) == 2 or budget == 40  # one that begins with 0, one with 1
+        pairs = 0
+        for r, runs in enumerate(forest.runs.trees):
+            seen = torch.zeros_like(forest.seen[r])
+            spans = torch.arange(len(seen)).split([n for n, _ in runs])
+            for i, (n, before) in enumerate(runs):
+                keys = torch.cat([spans[j] for j in (*before, i)])
+                mask = forest.runs.mask(n, len(keys), 2, torch.float32).view(2, n, -1)
+                assert torch.equal(mask[0], mask[1])
+                seen[spans[i][:, None], keys] = mask[0] == 0
+                pairs += mask[0].numel()
+            places = exgrpo.n_places(trees[r])
+            assert torch.equal(seen[:places, :places], forest.seen[r, :places, :places])
+            assert seen.any(1).all(), "a row that sees nothing is nan"
+        assert pairs < forest.seen.numel()
+
+
 def test_long_dialogues_share_a_row_only_where_it_pays():
-    """In a tree, all pairs of tokens cost attention, seen or not: 8 dialogues of 1,000 tokens that
-    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must."""
+    """In a tree, all pairs of tokens cost attention, seen or not, where it is done by masks: 8
+    dialogues of 1,000 tokens that share 20 must not become one row of 8,000; 8 replies of 60 to a
+    prompt of 100 must."""
     long = [[1] * 20 + [b] * 980 for b in range(8)]
     short = [[1] * 100 + [b] * 60 for b in range(8)]
     assert len(exgrpo.grow_trees(long, 10 ** 6, 576)) == 8
