@@ -727,6 +727,7 @@ def attend_runs(query, key, value, runs, scale):
     before it in its dialogues, and at itself up to each query. What grows with the square of a
     dialogue's length need not grow with that of a tree's."""
     (R, H, P, D), h, outputs = query.shape, key.shape[1], []
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as autocast would, run by run
     for tree, *tensors in zip(runs.trees, query.unbind(), key.unbind(), value.unbind()):
         sizes = [n for n, _ in tree]
         queries, keys, values = (x.split(sizes, dim=1) for x in tensors)             # (H, n, D)
