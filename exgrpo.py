@@ -1086,18 +1086,18 @@ class Forest(NamedTuple):
     ids: torch.Tensor        # (R, P)
     positions: torch.Tensor  # (R, P), of each token in its dialogue
     parents: torch.Tensor    # (R, P), the place of the token before
-    seen: torch.Tensor       # (R, P, P), True where a query looks at an ancestor or itself
     trained: torch.Tensor    # (R, P)
     paths: torch.Tensor      # (B, T), the places of a dialogue's tokens, r * P + place
     mask: torch.Tensor       # (B, T), 1 = trained, 0 elsewhere and behind the dialogue's end
-    runs: Runs               # what `seen` says, in another form
+    # One of these two says what a query looks at, its ancestors and itself; the other is None.
+    seen: torch.Tensor       # (R, P, P), True there
+    runs: Runs
 
 
-def plant(trees, dialogues, device):
+def plant(trees, dialogues, device, by_runs=False):
     """Trees over dialogues -> (their indices in the order of the rows of paths, the Forest)."""
     R, P = len(trees), max(map(n_places, trees))
     ids, positions, parents, trained = torch.zeros(4, R, P, dtype=torch.long)
-    seen = torch.eye(P, dtype=torch.bool).repeat(R, 1, 1)  # padding sees itself: no row is empty
     for r, tree in enumerate(trees):
         for b, path in tree:
             path, n = torch.tensor(path), len(path)
@@ -1105,22 +1105,32 @@ def plant(trees, dialogues, device):
             positions[r, path] = torch.arange(n)
             parents[r, path[1:]] = path[:-1]
             trained[r, path[1:]] |= torch.tensor(dialogues[b].mask[1:])
-            seen[r, path[:, None], path] = torch.ones(n, n, dtype=torch.bool).tril()
     chosen = [b for tree in trees for b, _ in tree]
     paths, mask = pad_rows([[r * P + place for place in path] for r, tree in enumerate(trees)
                             for _, path in tree], [dialogues[b].mask for b in chosen], device)
-    tensors = [x.to(device) for x in (ids, positions, parents, seen, trained.bool())]
-    return chosen, Forest(*tensors, paths, mask, Runs(trees, P))
+    tensors = [x.to(device) for x in (ids, positions, parents, trained.bool())]
+    looks = (None, Runs(trees, P)) if by_runs else (see(trees, P).to(device), None)
+    return chosen, Forest(*tensors, paths, mask, *looks)
+
+
+def see(trees, P):
+    """What a mask of attention over trees lets through: (R, P, P), see Forest.seen."""
+    seen = torch.eye(P, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself: no nan
+    for r, tree in enumerate(trees):
+        for _, path in tree:
+            path, n = torch.tensor(path), len(path)
+            seen[r, path[:, None], path] = torch.ones(n, n, dtype=torch.bool).tril()
+    return seen
 
 
 def plant_batches(dialogues, model, budget):
     """All dialogues as forests of at most `budget` padded tokens -> (indices, Forest), ..."""
-    width = model.config.get_text_config().hidden_size
-    if sees_runs(model, max((len(d.ids) for d in dialogues), default=0)):
-        width = sys.maxsize  # no pair of two dialogues is formed: what can be shared pays
+    by_runs = sees_runs(model, max((len(d.ids) for d in dialogues), default=0))
+    # By runs, no pair of two dialogues is formed: what can be shared pays.
+    width = sys.maxsize if by_runs else model.config.get_text_config().hidden_size
     trees = grow_trees([d.ids for d in dialogues], budget, width)
     for batch in micro_batches(list(map(n_places, trees)), budget):
-        yield plant([trees[i] for i in batch], dialogues, model.device)
+        yield plant([trees[i] for i in batch], dialogues, model.device, by_runs)
 
 
 def sees_runs(model, n_tokens):
@@ -1137,8 +1147,8 @@ def tree_logprobs(model, forest, temperature=1.0):
     Autograd adds up, at a shared token, the gradients of all dialogues that run through it.
     """
     keep, positions, seen, runs = forest.trained, forest.positions, forest.seen, {}
-    if sees_runs(model, forest.paths.shape[1]):  # no mask is looked at, but one is asked for
-        positions, seen, runs = positions[:1, :1], seen[:1, :1, :1], {"runs": forest.runs}
+    if forest.runs:  # no mask is looked at, but the model asks for one
+        positions, seen, runs = positions[:1, :1], keep.new_ones(1, 1, 1), {"runs": forest.runs}
     mask = visible(model.config.get_text_config(), seen,
                    positions[:, :, None] - positions[:, None])
     hidden = model.base_model(

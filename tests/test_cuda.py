@@ -4,8 +4,6 @@ Skipped where there is none. The other tests run on the CPU, with a GPU at hand 
 """
 import contextlib
 import copy
-import csv
-import os
 import types
 import warnings
 
@@ -16,11 +14,10 @@ import exgrpo
 import test_loss
 import test_sampler
 import test_train
-import tiny as maker
+from test_sampler import KINDS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 DEVICE = torch.device("cuda")
-KINDS = list(maker.CONFIGS)
 ARGS = types.SimpleNamespace(group_size=8, max_new_tokens=150, temperature=0.7)
 SCRIPTS = [["Why? " * 3, "And then?", "So?"], ["What if it is not?", "So? " * 5]]
 
@@ -53,10 +50,7 @@ def generator(seed=0):
 
 def gaps(model, dialogue, temperature):
     """By how much the sampler's log-probs differ from the model's own, token by token."""
-    with torch.no_grad():
-        logits = model(torch.tensor([dialogue.ids], device=DEVICE)).logits[0, :-1].double()
-    own = torch.log_softmax(logits / temperature, -1).gather(
-        1, torch.tensor(dialogue.ids[1:], device=DEVICE)[:, None])[:, 0].cpu()
+    own = test_sampler.own_logps(model, dialogue.ids, temperature)
     return own[torch.tensor(dialogue.mask[1:]).bool()] - torch.tensor(dialogue.logps)
 
 
@@ -145,7 +139,6 @@ def test_a_run_and_its_resumption(monkeypatch, tiny, tmp_path, extra):
              "--out", tmp_path / "run", *extra]
     test_train.call(monkeypatch, *flags, "--steps", 1)
     test_train.call(monkeypatch, *flags, "--steps", 3, "--resume")
-    with open(os.path.join(tmp_path, "run", "metrics.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = test_train.metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["sampler_gap"]) < (0.3 if extra else 1e-3) for row in rows)

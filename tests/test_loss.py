@@ -405,14 +405,15 @@ def test_runs_say_what_the_mask_says():
     for budget in (40, 10 ** 6):
         trees = exgrpo.grow_trees(rows, budget, sys.maxsize)
         _, forest = exgrpo.plant(trees, dialogues, torch.device("cpu"))
+        cut = exgrpo.plant(trees, dialogues, torch.device("cpu"), by_runs=True)[1].runs
         assert len(trees) == 2 or budget == 40  # one that begins with 0, one with 1
         pairs = 0
-        for r, runs in enumerate(forest.runs.trees):
+        for r, runs in enumerate(cut.trees):
             seen = torch.zeros_like(forest.seen[r])
             spans = torch.arange(len(seen)).split([n for n, _ in runs])
             for i, (n, before) in enumerate(runs):
                 keys = torch.cat([spans[j] for j in (*before, i)])
-                mask = forest.runs.mask(n, len(keys), 2, torch.float32).view(2, n, -1)
+                mask = cut.mask(n, len(keys), 2, torch.float32).view(2, n, -1)
                 assert torch.equal(mask[0], mask[1])
                 seen[spans[i][:, None], keys] = mask[0] == 0
                 pairs += mask[0].numel()

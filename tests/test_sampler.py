@@ -20,7 +20,7 @@ def generator(seed=0):
 def own_logps(model, ids, temperature):
     """What the model itself says, by the plainest route: no cache, no padding, full log_softmax."""
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+        logits = model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().cpu()
     return torch.log_softmax(logits / temperature, -1).gather(
         1, torch.tensor(ids[1:])[:, None])[:, 0]
 
