@@ -223,7 +223,7 @@ def test_rows_that_left_can_go_on_in_the_next_turn(loaded, kind):
     first = exgrpo.sample(model, prompts, stop_ids=[stop], **free | {"generator": generator(1)})
     assert len({len(reply) for reply in first.replies}) > 1, "rows should end at different times"
     longer = [p + reply + chat.later("So?") for p, reply in zip(prompts, first.replies)]
-    with torch.no_grad():
+    with torch.inference_mode():  # which the sampler left its cache in
         expected = [model(torch.tensor([ids])).logits[0, -1] for ids in longer]
         first.cache.activate(torch.arange(3))
         ours = exgrpo.extend(model, first.cache, [
@@ -394,6 +394,31 @@ def test_packed_weights_are_those_of_the_moment(tiny, kind, bf16, monkeypatch):
             for parameter in model.parameters():
                 parameter.mul_(1.5)
         assert not torch.allclose(logits(), plain, atol=0.2)
+
+
+@pytest.mark.parametrize("kind, families", [
+    ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+    ("gpt2", [])])  # its layers are no nn.Linear
+def test_siblings_are_the_layers_that_read_the_same_tensor(loaded, kind, families):
+    """o_proj has the shape of q_proj, and stands beside it: only what it reads tells them apart."""
+    model, _ = loaded(kind)
+    names = {layer: name.rpartition(".")[2] for name, layer in model.named_modules()}
+    found = [[names[layer] for layer in family] for family in exgrpo.siblings(model)]
+    assert found == families * 2 + [["lm_head"]]
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_sibling_takes_its_part_of_what_it_reads_itself():
+    """Keys that were computed for the tensor before, because it was queries' turn to ask, would be
+    those of another token. Each layer gets its own product, in whatever order they are called."""
+    layers = [torch.nn.Linear(8, 16), torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4)]
+    with torch.no_grad():
+        product, first, other = exgrpo.PackedProduct(layers, None), *torch.randn(2, 3, 1, 8)
+        for i, x in [(0, first), (1, first), (2, first),  # as a model does
+                     (2, other), (0, other), (1, first), (1, first), (1, other)]:
+            assert torch.allclose(product(i, x), layers[i](x), atol=1e-5)
+        product(0, other), product(2, other)
+        assert product.x is None and product.parts == {}, "what all have taken is held no longer"
 
 
 def test_a_machine_without_the_packed_product_samples_all_the_same(loaded, monkeypatch):
