@@ -64,7 +64,7 @@ except ImportError:  # Windows
     fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LOGITS_HELD = 2 ** 26  # floats, 256 MiB: more logits than these are formed chunk by chunk
+LOGITS_HELD = 2 ** 26  # floats, 256 MiB: logits are formed in chunks of at most so many
 MAX_GRAD_NORM = 1.0
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM: what is under way is finished, then we leave
 
@@ -1056,17 +1056,17 @@ def pad_rows(rows, masks, device):
 
 
 def head_logps(model, hidden, targets, temperature):
-    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. With a large vocabulary logits are
-    formed chunk by chunk, and again in the backward pass: at most LOGITS_HELD exist at a time."""
+    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. Logits are formed chunk by chunk, at
+    most LOGITS_HELD at a time; those of more than two chunks again in the backward pass, in place
+    of being kept for it."""
     def logps(hidden, targets):  # one pass each way: gather - logsumexp takes 1.7 times as long
         logits = head(model, hidden)                                                # (N, V)
         return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets,
                                 reduction="none")
-    chunk = max(1, LOGITS_HELD // model.get_output_embeddings().weight.shape[0])
-    if len(targets) <= chunk:
-        return logps(hidden, targets)
-    return torch.cat([checkpoint(logps, h, y, use_reentrant=False)
-                      for h, y in zip(hidden.split(chunk), targets.split(chunk))])
+    rows = max(1, LOGITS_HELD // model.get_output_embeddings().weight.shape[0])
+    n_chunks = max(1, -(-len(targets) // rows))
+    formed = logps if n_chunks <= 2 else functools.partial(checkpoint, logps, use_reentrant=False)
+    return torch.cat([formed(h, y) for h, y in zip(hidden.chunk(n_chunks), targets.chunk(n_chunks))])
 
 
 def token_logprobs(model, ids, mask, temperature=1.0):
