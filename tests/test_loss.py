@@ -417,7 +417,7 @@ def test_runs_say_what_the_mask_says():
             spans = torch.arange(len(seen)).split([n for n, _ in runs])
             for i, (n, before) in enumerate(runs):
                 keys = torch.cat([spans[j] for j in (*before, i)])
-                mask = cut.mask(n, len(keys), 2, torch.float32).view(2, n, -1)
+                mask = cut.mask(n, len(keys), 2).view(2, n, -1)
                 assert torch.equal(mask[0], mask[1])
                 seen[spans[i][:, None], keys] = mask[0] == 0
                 pairs += mask[0].numel()
