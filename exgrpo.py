@@ -893,8 +893,9 @@ class PackedProduct:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         self.bias = None
         if any(layer.bias is not None for layer in layers):
-            self.bias = torch.cat([weight.new_zeros(n) if layer.bias is None else layer.bias.detach()
-                                   for layer, n in zip(layers, self.sizes)]).to(self.dtype)
+            self.bias = torch.cat([
+                weight.new_zeros(n) if layer.bias is None else layer.bias.detach().to(self.dtype)
+                for layer, n in zip(layers, self.sizes)])
         self.x, self.parts = None, {}
 
     def __call__(self, i, x):
@@ -941,8 +942,8 @@ class Sampled(NamedTuple):
 
 
 def without_grad(sampler):
-    """torch.no_grad, and on a CPU inference mode, which spares each of a token's thousand operations
-    a little. (A GPU's generator that a graph met in that mode first could be used in no other.)"""
+    """torch.no_grad, and on a CPU inference mode, which makes each of a token's thousand operations
+    cheaper. (A GPU's generator that a graph met first in that mode could be used in no other.)"""
     @functools.wraps(sampler)
     def sampling(model, *args, **kwargs):
         with torch.inference_mode() if model.device.type == "cpu" else torch.no_grad():
@@ -1067,7 +1068,8 @@ def head_logps(model, hidden, targets, temperature):
     rows = max(1, LOGITS_HELD // model.get_output_embeddings().weight.shape[0])
     n_chunks = max(1, -(-len(targets) // rows))
     formed = logps if n_chunks <= 2 else functools.partial(checkpoint, logps, use_reentrant=False)
-    return torch.cat([formed(h, y) for h, y in zip(hidden.chunk(n_chunks), targets.chunk(n_chunks))])
+    chunks = zip(hidden.chunk(n_chunks), targets.chunk(n_chunks))
+    return torch.cat([formed(*chunk) for chunk in chunks])
 
 
 def token_logprobs(model, ids, mask, temperature=1.0):

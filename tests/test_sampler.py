@@ -397,7 +397,8 @@ def test_packed_weights_are_those_of_the_moment(tiny, kind, bf16, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, families", [
-    ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+    ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"],
+               ["gate_proj", "up_proj"], ["down_proj"]]),
     ("gpt2", [])])  # its layers are no nn.Linear
 def test_siblings_are_the_layers_that_read_the_same_tensor(loaded, kind, families):
     """o_proj has the shape of q_proj, and stands beside it: only what it reads tells them apart."""
