@@ -884,8 +884,8 @@ def packed(model):
 
 
 class PackedProduct:
-    """Linear layers that read the same x, one after the other, as a single product: the first that
-    is called computes it, and each takes its own part."""
+    """Linear layers that read the same x as a single product: the first that is called computes it,
+    and each takes its own part."""
 
     def __init__(self, layers, cast):
         self.dtype, self.sizes = cast or layers[0].weight.dtype, [len(x.weight) for x in layers]
@@ -911,27 +911,22 @@ class PackedProduct:
 
 @torch.no_grad()
 def siblings(model):
-    """The linear layers in lists: those of a list read the same tensor one after the other, as
-    queries, keys and values do. Found by reading a token, and kept with the model."""
+    """The linear layers in lists: those of a list read the same tensor, as queries, keys and values
+    do. Found by reading a token, and kept with the model."""
     if not hasattr(model, "siblings"):
-        lists, read = [], None
+        read, families = {}, {}  # what each layer reads is held, so that no two share an id
 
         def note(layer, inputs):
-            nonlocal read
-            if any(layer in known for known in lists):
-                return  # a layer that is used twice
-            if inputs[0] is read:
-                lists[-1].append(layer)
-            else:
-                lists.append([layer])
-            read = inputs[0]
-        layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
-        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+            read[layer] = inputs[0]
+        hooks = [layer.register_forward_pre_hook(note) for layer in model.modules()
+                 if type(layer) is nn.Linear]
         with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"), cache_enabled=False):
             model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
         for hook in hooks:
             hook.remove()
-        model.siblings = lists
+        for layer, x in read.items():
+            families.setdefault(id(x), []).append(layer)
+        model.siblings = list(families.values())
     return model.siblings
 
 
