@@ -335,7 +335,7 @@ def sampler_fault(model, ids, own):
     """What is wrong with our logits behind these ids; own: the model's, (V,). "" if nothing is. Two
     groups of two rows read their prompts, then more, and then one token each."""
     try:
-        cache = KVCache(2, model.device)
+        cache = KVCache(2, model)
         with packed(model):
             extend(model, cache, [ids[:8], ids[:5]])
             cache.repeat(2)
@@ -566,36 +566,49 @@ class Dialogue:
 class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of a row lies in its slot t.
 
-    So a row needs no padding inside, and what it may see is `slot <= position`.
+    So a row needs no padding inside, and what it may see is `slot <= position`. On a CPU, the first
+    C slots of a group's rows, which hold the same, are kept once for all of them, see attend; the
+    rows' own stores begin behind these. They have no room to spare: a CPU reads what lies without
+    gaps twice as fast.
     """
 
-    def __init__(self, n_rows, device):
+    def __init__(self, n_rows, model):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
-        self.layers = []             # [keys, values] of each layer, (B, H, S, D)
+        self.layers = []             # [keys, values] of each layer, (B, H, S, D), from slot C on
         self.parts = {}              # the same of the active rows only, where some have finished
-        self.active = torch.arange(n_rows, device=device)  # rows of the pass under way, (b,)
+        self.active = torch.arange(n_rows, device=model.device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None               # its positions (b, T), slots in use
         self.places = {}             # where its keys and values go, see _write
-        self.prompts = []            # of each layer, what groups have in common, (Q, H, C, D)
+        self.block = 16 if model.device.type == "cpu" else 128  # slots are added so many at a time
+        self.shares = model.device.type == "cpu" and (
+            model.config.get_text_config()._attn_implementation == "grouped")
+        self.prompts, self.C = [], 0  # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
+        self.members = 0             # M, the most active rows of a group
         self.table = None            # which active row is member n of group q, at q * M + n
         self.cells = None            # the inverse: q * M + n of each active row, (b,)
 
     def get_seq_length(self, layer_idx=0):
         return max(self.lengths)
 
+    def round_up(self, n_slots):
+        return -(-n_slots // self.block) * self.block
+
     def activate(self, rows):
         self.active, self.parts = rows, {}
         if self.prompts:
-            q = self.groups[rows]
+            q, here = self.groups[rows], torch.arange(len(rows))
             n = (q == q[:, None]).tril(-1).sum(1)  # earlier active rows of the same group
-            self.cells = q * (1 + n.max()) + n
-            self.table = rows.new_zeros(len(self.prompts[0][0]) * (1 + n.max()))
-            self.table[self.cells] = torch.arange(len(rows))  # row 0 fills the rest, unused
+            self.members = 1 + n.max().item()
+            self.cells = q * self.members + n
+            self.table = rows.new_zeros(len(self.prompts[0][0]) * self.members)
+            self.table[self.cells] = here  # row 0 fills the rest, unused
+            if torch.equal(self.table, here):  # whole groups, one behind the other: as they are
+                self.cells = self.table = slice(None)
 
     def start(self, positions, n_slots):
         """A pass begins that reads the tokens at these positions (b, T) of the active rows."""
-        self.positions, self.n_slots, self.places = positions, n_slots, {}
+        self.positions, self.n_slots, self.places = positions - self.C, n_slots - self.C, {}
 
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
@@ -615,9 +628,9 @@ class KVCache:
         """Puts new keys and values (b, H, T, D) into two stores (B, H, S, D), or b rows of them, or
         their larger successors, which are returned."""
         B, H, S = stores[0].shape[:3]
-        if S < self.n_slots:  # by a quarter, to a multiple of 128: seldom copied
-            more = -(-self.n_slots * 5 // 512) * 128 - S
-            stores, S = [F.pad(store, (0, 0, 0, more)) for store in stores], S + more
+        if S < self.n_slots:
+            stores = [F.pad(store, (0, 0, 0, self.n_slots - S)) for store in stores]
+            S = self.n_slots
         if (B, H, S) not in self.places:  # for the first layer of a pass; others are like it
             rows, device = self.active, self.active.device
             rows = rows if B == len(self.lengths) else torch.arange(B, device=device)
@@ -628,17 +641,23 @@ class KVCache:
         return stores
 
     def repeat(self, group_size):
-        """Each row becomes group_size equal rows: the prompt of a group is read once.
-
-        The slots that all rows of a group have filled are kept once more, for attend."""
-        if self.active.device.type == "cpu" and group_size > 1:
-            self.prompts = [[store[:, :, :min(self.lengths)].contiguous() for store in layer]
+        """Each row becomes group_size equal rows: the prompt of a group is read once, and what all
+        rows have filled of it is shared."""
+        if self.shares and group_size > 1:
+            self.C = min(self.lengths)
+            self.prompts = [[store[:, :, :self.C].contiguous() for store in layer]
                             for layer in self.layers]
             self.groups = torch.arange(len(self.lengths)).repeat_interleave(group_size)
         self.lengths = [n for n in self.lengths for _ in range(group_size)]
-        self.layers = [[store.repeat_interleave(group_size, dim=0) for store in layer]
-                       for layer in self.layers]
+        self.layers = [[store[:, :, self.C:].repeat_interleave(group_size, dim=0)
+                        for store in layer] for layer in self.layers]
         self.activate(torch.arange(len(self.lengths), device=self.active.device))
+
+    def unshare(self):
+        """Every row gets a copy of its prompt."""
+        self.layers = [[torch.cat([prompt[self.groups], store], dim=2)
+                        for prompt, store in zip(*both)] for both in zip(self.prompts, self.layers)]
+        self.prompts, self.C, self.parts = [], 0, {}
 
     def fork(self, rows):
         """Appends copies of these rows: dialogues that go on in a second way."""
@@ -695,10 +714,10 @@ def attend(module, query, key, value, attention_mask, grouped=None, runs=None, *
     Called by the model's layers.
 
     With many queries a row, each of the h key heads serves its H / h query heads as it is: sdpa
-    copies it for each. In trees (runs), only pairs of tokens of one dialogue are formed. With one
-    query a row of a KVCache (grouped), what a group has in common, C slots, is read once for all
-    its members, and only the rest row by row: a softmax over two parts is the mean of the softmax
-    over each, weighted by its denominator's share of the sum of both.
+    copies it for each. In trees (runs), only pairs of tokens of one dialogue are formed. In a
+    KVCache whose rows share prompts (grouped), what a group has in common, C slots, is read once
+    for all its members, and only the rest row by row: a softmax over two parts is the mean of the
+    softmax over each, weighted by its denominator's share of the sum of both.
     """
     if runs is not None:
         return attend_runs(query, key, value, runs, kwargs.get("scaling")), None
@@ -709,17 +728,18 @@ def attend(module, query, key, value, attention_mask, grouped=None, runs=None, *
             return output.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = grouped.prompts[module.layer_idx]                             # (Q, h, C, D)
-    (b, H, _, D), (Q, h, C, _), M = query.shape, keys.shape, len(grouped.table) // len(keys)
-    query, scale = query.to(keys.dtype).reshape(b, h, H // h, D), kwargs.get("scaling")
-    own, log_own = ATTENTION(query, key[:, :, C:], value[:, :, C:], scale=scale,
-                             attn_mask=attention_mask[..., C:])                  # (b, h, H / h, D)
-    # The query heads of all M members of a group, side by side: M * H / h queries a key head.
-    members = query.index_select(0, grouped.table).unflatten(0, (Q, M)).transpose(1, 2)
+    (b, H, T, D), (Q, h, C, _), M = query.shape, keys.shape, grouped.members
+    n, scale = H // h * T, kwargs.get("scaling")                  # n queries a row and key head
+    query = query.to(keys.dtype).reshape(b, h, n, D)
+    mask = attention_mask if T == 1 else attention_mask.repeat(1, 1, H // h, 1)  # (b, 1, 1 or n, S)
+    own, log_own = ATTENTION(query, key, value, scale=scale, attn_mask=mask)     # (b, h, n, D)
+    # The queries of all M members of a group, side by side: M * n of them a key head.
+    members = query[grouped.table].unflatten(0, (Q, M)).transpose(1, 2)
     common, log_common = (
-        x.unflatten(2, (M, H // h)).transpose(1, 2).flatten(0, 1).index_select(0, grouped.cells)
-        for x in ATTENTION(members.flatten(2, 3), keys, values, scale=scale))    # (b, h, H / h, D)
+        x.unflatten(2, (M, n)).transpose(1, 2).flatten(0, 1)[grouped.cells]
+        for x in ATTENTION(members.flatten(2, 3), keys, values, scale=scale))    # (b, h, n, D)
     share = torch.sigmoid(log_common - log_own)[..., None]
-    return torch.lerp(own.float(), common.float(), share).view(b, 1, H, D), None
+    return torch.lerp(own.float(), common.float(), share).view(b, H, T, D).transpose(1, 2), None
 
 
 @torch.autocast("cpu", enabled=False)
@@ -754,16 +774,17 @@ def cache_argument(kind):
 
 def forward_cached(model, cache, ids, positions, n_slots):
     """ids and positions (b, T) of the active rows -> hidden states (b, T, D); the cache grows."""
-    cache.start(positions, n_slots)
-    behind = positions[..., None] - torch.arange(n_slots, device=positions.device)  # (b, T, S)
     config = model.config.get_text_config()
-    mask, window = visible(config, behind >= 0, behind), sliding_window(config)
+    if cache.prompts and n_slots > (sliding_window(config) or n_slots):
+        cache.unshare()  # a window hides a part of the prompt from some
+    cache.start(positions, n_slots)
+    slots = torch.arange(cache.C, n_slots, device=positions.device)  # all see what they share
+    behind = positions[..., None] - slots                                           # (b, T, S)
     cached = {cache_argument(type(model.base_model)): cache, "use_cache": True}
-    if (cache.prompts and config._attn_implementation == "grouped" and ids.shape[1] == 1
-            and (window is None or n_slots <= window)):  # no window hides a part of the prompt
+    if cache.prompts:
         cached["grouped"] = cache  # on its way to attend
-    return model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask,
-                            **cached).last_hidden_state
+    return model.base_model(input_ids=ids, position_ids=positions, attention_mask=visible(
+        config, behind >= 0, behind), **cached).last_hidden_state
 
 
 def extend(model, cache, chunks):
@@ -772,9 +793,10 @@ def extend(model, cache, chunks):
     ids, _ = pad_rows(chunks, chunks, model.device)                                 # (b, T)
     start = torch.tensor([cache.lengths[row] for row in rows], device=model.device)[:, None]
     positions = start + torch.arange(ids.shape[1], device=model.device)
-    limit = context_size(model)  # padding must not run out of a table of learned positions
-    n_slots = min(max(cache.lengths[row] for row in rows) + ids.shape[1], limit)
-    hidden = forward_cached(model, cache, ids, positions.clamp(max=limit - 1), n_slots)
+    # Padding must not run out of a table of learned positions, or of the slots.
+    positions = positions.clamp(max=context_size(model) - 1)
+    n_slots = cache.round_up(max(cache.lengths[row] for row in rows) + ids.shape[1])
+    hidden = forward_cached(model, cache, ids, positions, n_slots)
     for row, count in zip(rows, counts):
         cache.lengths[row] += count
     last = torch.tensor(counts, device=model.device) - 1
@@ -958,7 +980,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
     """
     device, cpu = model.device, model.device.type == "cpu"
     if cache is None:
-        cache = KVCache(len(prompts), device)
+        cache = KVCache(len(prompts), model)
         logits = extend(model, cache, prompts).repeat_interleave(group_size, dim=0)  # (B, V)
         cache.repeat(group_size)
         prompts = [prompt for prompt in prompts for _ in range(group_size)]
@@ -973,9 +995,8 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
 
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
-    counts = torch.zeros(B, dtype=torch.long, device=device)  # tokens of each reply
-    going = torch.ones(B, dtype=torch.bool, device=device)
     live = torch.arange(B, device=device)                    # the replies still in the batch
+    going = torch.ones(B, dtype=torch.bool, device=device)   # which of those have not stopped, (b,)
     precise = torch.float32 if device.type == "mps" else torch.float64
     read = Recorded() if device.type == "cuda" else read_token
     for t in range(max_new_tokens):
@@ -983,23 +1004,23 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
         u = torch.rand(B, generator=generator, device=device, dtype=precise)
         token, logp = draw(logits, temperature, u[live])     # (b,), (b,)
         tokens[live, t], logps[live, t] = token, logp.to(logps.dtype)
-        counts[live] += going[live]
-        going[live] &= ~torch.isin(token, stop)
+        going &= ~torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
         if cpu or t % 8 == 7:  # to ask a GPU is to wait: only now and then
-            left = going[live].nonzero().squeeze(1)
+            left = going.nonzero().squeeze(1)
             if len(left) == 0:
                 break
             # Finished rows leave the batch: a GPU, to which they cost little, by halves.
             if len(left) * (1 if cpu else 2) < len(live):
-                live, token = live[left], token[left]
+                live, token, going = live[left], token[left], going[left]
                 cache.activate(where[live])
-        n_slots = longest + t + 1
-        n_slots = n_slots if cpu else -(-n_slots // 128) * 128  # shapes that stay the same
+        n_slots = cache.round_up(longest + t + 1)            # shapes that stay the same
         logits = read(model, cache, token, lengths[live] + t, n_slots)               # (b, V)
 
-    counts, tokens, logps = counts.tolist(), tokens.tolist(), logps.tolist()
+    ends = torch.isin(tokens, stop).long()
+    counts = (ends.cumsum(1) == ends).sum(1).tolist()  # tokens up to and with the first that ends
+    tokens, logps = tokens.tolist(), logps.tolist()
     for i, row in enumerate(rows):  # the last token of a reply was sampled but never read
         cache.lengths[row] = len(prompts[i]) + counts[i] - 1
     return Sampled([ids[:n] for ids, n in zip(tokens, counts)],
@@ -1016,7 +1037,7 @@ def generate(model, chat, prompts, *, max_new_tokens, token_budget=16384):
     outputs = [None] * len(prompts)
     with packed(model):
         for batch in micro_batches([len(p) + max_new_tokens for p in prompts], token_budget):
-            rows, cache = [prompts[i] for i in batch], KVCache(1, model.device)
+            rows, cache = [prompts[i] for i in batch], KVCache(1, model)
             shared = os.path.commonprefix(rows)[:min(map(len, rows)) - 1]  # each has more to read
             if shared:
                 extend(model, cache, [shared])

@@ -81,31 +81,34 @@ def test_forked_dialogue_is_a_sample_of_the_policy(loaded, kind):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 def test_a_groups_prompt_is_read_once_and_the_logits_are_the_models_own(loaded, kind, monkeypatch):
     """Attention in two parts, whoever is still there: of two groups of three, all, some, one group
-    alone, one row alone. Each part's weight comes from its softmax's denominator; the mean of two
-    softmaxes without it would look like attention, too. In gemma3 a layer looks 24 slots back: once
-    a row is longer, all is read the usual way."""
+    alone, one row alone; a token each, or some more. Each part's weight comes from its softmax's
+    denominator; the mean of two softmaxes without it would look like attention, too. In gemma3 a
+    layer looks 24 slots back: once a row is longer, each row gets its prompt back."""
     model, chat = loaded(kind)
     rows = [list(range(5, 12)), list(range(40, 50))]
     calls, attention = [], exgrpo.ATTENTION
     monkeypatch.setattr(exgrpo, "ATTENTION", lambda query, *args, **kwargs: (
         calls.append(tuple(query.shape[:2])) or attention(query, *args, **kwargs)))
-    cache = exgrpo.KVCache(2, model.device)
+    cache = exgrpo.KVCache(2, model)
     with torch.no_grad():
         exgrpo.extend(model, cache, rows)
         cache.repeat(3)
         rows = [list(row) for row in rows for _ in range(3)]
-        for there in ([0, 1, 2, 3, 4, 5], [0, 2, 3], [3, 4, 5], [1]):
+        for there, counts in (([0, 1, 2, 3, 4, 5], [1] * 6), ([0, 2, 3], [1, 3, 2]),
+                              ([3, 4, 5], [1] * 3), ([1], [1])):
             cache.activate(torch.tensor(there))
-            for row in there:
-                rows[row].append(60 + row)
-            ours = exgrpo.extend(model, cache, [rows[row][-1:] for row in there])
+            new = [[60 + row] * n for row, n in zip(there, counts)]
+            for row, ids in zip(there, new):
+                rows[row] += ids
+            ours = exgrpo.extend(model, cache, new)
             own = [model(torch.tensor([rows[row]])).logits[0, -1] for row in there]
             assert torch.allclose(ours, torch.stack(own), atol=1e-4)
             heads = 4 if kind == "gpt2" else 2
             assert calls == [(len(there), heads), (2, heads)] * 2, "own, common, in two layers"
             calls.clear()
         exgrpo.extend(model, cache, [[7] * 30])
-        cache.prompts[0][0].zero_()  # it must be looked at, but not through a window
+        for prompts in cache.prompts:  # they must be looked at, but not through a window
+            prompts[0].zero_()
         changed = exgrpo.extend(model, cache, [[7]])
         own = model(torch.tensor([rows[1] + [7] * 31])).logits[0, -1]
     assert torch.allclose(changed[0], own, atol=1e-4) == (kind == "gemma3")
@@ -379,7 +382,7 @@ def test_packed_weights_are_those_of_the_moment(tiny, kind, bf16, monkeypatch):
 
     def logits():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return exgrpo.extend(model, exgrpo.KVCache(1, model.device), [prompt])
+            return exgrpo.extend(model, exgrpo.KVCache(1, model), [prompt])
 
     def replaced():
         return [layer for layer in model.modules() if "forward" in vars(layer)]
