@@ -567,9 +567,9 @@ class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of a row lies in its slot t.
 
     So a row needs no padding inside, and what it may see is `slot <= position`. On a CPU, the first
-    C slots of a group's rows, which hold the same, are kept once for all of them, see attend; the
-    rows' own stores begin behind these. They have no room to spare: a CPU reads what lies without
-    gaps twice as fast.
+    C slots of a group's rows, which hold the same, are kept once for all of them; the rows' own
+    stores begin behind these, in fp32, see attend_grouped. They have no room to spare: a CPU reads
+    what lies without gaps twice as fast.
     """
 
     def __init__(self, n_rows, model):
@@ -577,10 +577,11 @@ class KVCache:
         self.layers = []             # [keys, values] of each layer, (B, H, S, D), from slot C on
         self.parts = {}              # the same of the active rows only, where some have finished
         self.active = torch.arange(n_rows, device=model.device)  # rows of the pass under way, (b,)
-        self.positions = self.n_slots = None               # its positions (b, T), slots in use
-        self.places = {}             # where its keys and values go, see _write
+        self.positions = self.n_slots = None  # where in the stores its tokens go, slots in use
+        self.places = {}             # the same, counted through a whole store, see _write
+        self.whole = True            # whether its layers want the shared slots, too
         self.block = 16 if model.device.type == "cpu" else 128  # slots are added so many at a time
-        self.shares = model.device.type == "cpu" and (
+        self.grouped = model.device.type == "cpu" and (
             model.config.get_text_config()._attn_implementation == "grouped")
         self.prompts, self.C = [], 0  # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
@@ -606,13 +607,22 @@ class KVCache:
             if torch.equal(self.table, here):  # whole groups, one behind the other: as they are
                 self.cells = self.table = slice(None)
 
-    def start(self, positions, n_slots):
+    def by_group(self, x):
+        """(b, H, n, D) of the active rows -> (Q, H, M * n, D), a group's members side by side."""
+        return x[self.table].unflatten(0, (-1, self.members)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x):
+        """The way back."""
+        return x.unflatten(2, (self.members, -1)).transpose(1, 2).flatten(0, 1)[self.cells]
+
+    def start(self, positions, n_slots, whole):
         """A pass begins that reads the tokens at these positions (b, T) of the active rows."""
         self.positions, self.n_slots, self.places = positions - self.C, n_slots - self.C, {}
+        self.whole = whole
 
     def update(self, keys, values, layer_idx, *_, **__):
         """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
-        new = keys.to(values.dtype), values
+        new = [x.to(torch.float32 if self.grouped else values.dtype) for x in (keys, values)]
         if layer_idx == len(self.layers):
             self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
                                 for x in new])
@@ -622,7 +632,13 @@ class KVCache:
             stores = self.parts[layer_idx] = [
                 store[self.active] for store in stores] if parts is None else self._write(
                 parts, new)
-        return [store[:, :, :self.n_slots] for store in stores]
+        stores = [store[:, :, :self.n_slots] for store in stores]
+        return self._join(layer_idx, stores, self.active) if self.C and self.whole else stores
+
+    def _join(self, layer_idx, stores, rows):
+        """A layer's stores of these rows, with what these share in front."""
+        return [torch.cat([prompts[self.groups[rows]], store], dim=2)
+                for prompts, store in zip(self.prompts[layer_idx], stores)]
 
     def _write(self, stores, new):
         """Puts new keys and values (b, H, T, D) into two stores (B, H, S, D), or b rows of them, or
@@ -643,7 +659,7 @@ class KVCache:
     def repeat(self, group_size):
         """Each row becomes group_size equal rows: the prompt of a group is read once, and what all
         rows have filled of it is shared."""
-        if self.shares and group_size > 1:
+        if self.grouped:
             self.C = min(self.lengths)
             self.prompts = [[store[:, :, :self.C].contiguous() for store in layer]
                             for layer in self.layers]
@@ -654,9 +670,9 @@ class KVCache:
         self.activate(torch.arange(len(self.lengths), device=self.active.device))
 
     def unshare(self):
-        """Every row gets a copy of its prompt."""
-        self.layers = [[torch.cat([prompt[self.groups], store], dim=2)
-                        for prompt, store in zip(*both)] for both in zip(self.prompts, self.layers)]
+        """Every row gets a copy of what it shares."""
+        rows = torch.arange(len(self.lengths))
+        self.layers = [self._join(i, layer, rows) for i, layer in enumerate(self.layers)]
         self.prompts, self.C, self.parts = [], 0, {}
 
     def fork(self, rows):
@@ -705,41 +721,38 @@ def sliding_window(config):
     return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
 
 
-# torch's own attention for CPUs, which returns the log of its softmax's denominator, too.
-ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-
 def attend(module, query, key, value, attention_mask, grouped=None, runs=None, **kwargs):
     """transformers' sdpa, (b, H, T, D) -> (b, T, H, D), without some copies and work on a CPU.
-    Called by the model's layers.
-
-    With many queries a row, each of the h key heads serves its H / h query heads as it is: sdpa
-    copies it for each. In trees (runs), only pairs of tokens of one dialogue are formed. In a
-    KVCache whose rows share prompts (grouped), what a group has in common, C slots, is read once
-    for all its members, and only the rest row by row: a softmax over two parts is the mean of the
-    softmax over each, weighted by its denominator's share of the sum of both.
+    Called by the model's layers: with a KVCache whose rows share slots (grouped), or with the runs
+    of trees. With many queries a row, each of the h key heads serves its H / h query heads as it
+    is: sdpa copies it for each.
     """
+    scale = kwargs.get("scaling")
     if runs is not None:
-        return attend_runs(query, key, value, runs, kwargs.get("scaling")), None
-    if grouped is None:
-        if key.device.type == "cpu" and query.shape[2] > 1 and attention_mask is not None:
-            output = F.scaled_dot_product_attention(
-                query, key, value, attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
-            return output.transpose(1, 2).contiguous(), None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    keys, values = grouped.prompts[module.layer_idx]                             # (Q, h, C, D)
-    (b, H, T, D), (Q, h, C, _), M = query.shape, keys.shape, grouped.members
-    n, scale = H // h * T, kwargs.get("scaling")                  # n queries a row and key head
-    query = query.to(keys.dtype).reshape(b, h, n, D)
-    mask = attention_mask if T == 1 else attention_mask.repeat(1, 1, H // h, 1)  # (b, 1, 1 or n, S)
-    own, log_own = ATTENTION(query, key, value, scale=scale, attn_mask=mask)     # (b, h, n, D)
-    # The queries of all M members of a group, side by side: M * n of them a key head.
-    members = query[grouped.table].unflatten(0, (Q, M)).transpose(1, 2)
-    common, log_common = (
-        x.unflatten(2, (M, n)).transpose(1, 2).flatten(0, 1)[grouped.cells]
-        for x in ATTENTION(members.flatten(2, 3), keys, values, scale=scale))    # (b, h, n, D)
-    share = torch.sigmoid(log_common - log_own)[..., None]
-    return torch.lerp(own.float(), common.float(), share).view(b, H, T, D).transpose(1, 2), None
+        return attend_runs(query, key, value, runs, scale), None
+    if grouped is not None:
+        shared = grouped.prompts[module.layer_idx]
+        return attend_grouped(query, key, value, attention_mask, grouped, shared, scale), None
+    if key.device.type == "cpu" and query.shape[2] > 1 and attention_mask is not None:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scale, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.autocast("cpu", enabled=False)
+def attend_grouped(query, key, value, mask, cache, shared, scale):
+    """Attention of one query a row, (b, H, 1, D) -> (b, 1, H, D). The C slots that a group's rows
+    share (keys and values (Q, h, C, D)) are read once for all of them, and only the rest,
+    (b, h, S, D), row by row; one softmax runs over both. In fp32 under autocast, too: a CPU's
+    products of so few rows are no faster in bf16."""
+    (b, H, _, D), (_, h, C, _), (keys, values) = query.shape, shared[0].shape, shared
+    query = (query.float() * (scale or D ** -0.5)).view(b, h, H // h, D)
+    common = cache.by_row(cache.by_group(query) @ keys.transpose(2, 3))          # (b, h, H / h, C)
+    own = query @ key.transpose(2, 3) + mask                                     # (b, h, H / h, S)
+    weights = torch.cat([common, own], dim=-1).softmax(-1)
+    common = cache.by_row(cache.by_group(weights[..., :C]) @ values)             # (b, h, H / h, D)
+    return (common + weights[..., C:] @ value).reshape(b, 1, H, -1)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -775,14 +788,14 @@ def cache_argument(kind):
 def forward_cached(model, cache, ids, positions, n_slots):
     """ids and positions (b, T) of the active rows -> hidden states (b, T, D); the cache grows."""
     config = model.config.get_text_config()
-    if cache.prompts and n_slots > (sliding_window(config) or n_slots):
+    if cache.C and n_slots > (sliding_window(config) or n_slots):
         cache.unshare()  # a window hides a part of the prompt from some
-    cache.start(positions, n_slots)
-    slots = torch.arange(cache.C, n_slots, device=positions.device)  # all see what they share
+    cached, first = {cache_argument(type(model.base_model)): cache, "use_cache": True}, 0
+    if cache.C and ids.shape[1] == 1:
+        cached["grouped"], first = cache, cache.C  # on its way to attend; all see what they share
+    cache.start(positions, n_slots, whole=not first)
+    slots = torch.arange(first, n_slots, device=positions.device)
     behind = positions[..., None] - slots                                           # (b, T, S)
-    cached = {cache_argument(type(model.base_model)): cache, "use_cache": True}
-    if cache.prompts:
-        cached["grouped"] = cache  # on its way to attend
     return model.base_model(input_ids=ids, position_ids=positions, attention_mask=visible(
         config, behind >= 0, behind), **cached).last_hidden_state
 
