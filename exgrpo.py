@@ -579,7 +579,6 @@ class KVCache:
         self.active = torch.arange(n_rows, device=model.device)  # rows of the pass under way, (b,)
         self.positions = self.n_slots = None  # where in the stores its tokens go, slots in use
         self.places = {}             # the same, counted through a whole store, see _write
-        self.whole = True            # whether its layers want the shared slots, too
         self.block = 16 if model.device.type == "cpu" else 128  # slots are added so many at a time
         self.grouped = model.device.type == "cpu" and (
             model.config.get_text_config()._attn_implementation == "grouped")
@@ -615,13 +614,13 @@ class KVCache:
         """The way back."""
         return x.unflatten(2, (self.members, -1)).transpose(1, 2).flatten(0, 1)[self.cells]
 
-    def start(self, positions, n_slots, whole):
+    def start(self, positions, n_slots):
         """A pass begins that reads the tokens at these positions (b, T) of the active rows."""
         self.positions, self.n_slots, self.places = positions - self.C, n_slots - self.C, {}
-        self.whole = whole
 
     def update(self, keys, values, layer_idx, *_, **__):
-        """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D)."""
+        """Called by the model's layers with new (b, H, T, D): stores them, returns (b, H, S, D),
+        with one token a row without the slots that groups share."""
         new = [x.to(torch.float32 if self.grouped else values.dtype) for x in (keys, values)]
         if layer_idx == len(self.layers):
             self.layers.append([x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3])
@@ -633,7 +632,8 @@ class KVCache:
                 store[self.active] for store in stores] if parts is None else self._write(
                 parts, new)
         stores = [store[:, :, :self.n_slots] for store in stores]
-        return self._join(layer_idx, stores, self.active) if self.C and self.whole else stores
+        more = self.C and keys.shape[2] > 1
+        return self._join(layer_idx, stores, self.active) if more else stores
 
     def _join(self, layer_idx, stores, rows):
         """A layer's stores of these rows, with what these share in front."""
@@ -747,7 +747,7 @@ def attend_grouped(query, key, value, mask, cache, shared, scale):
     (b, h, S, D), row by row; one softmax runs over both. In fp32 under autocast, too: a CPU's
     products of so few rows are no faster in bf16."""
     (b, H, _, D), (_, h, C, _), (keys, values) = query.shape, shared[0].shape, shared
-    query = (query.float() * (scale or D ** -0.5)).view(b, h, H // h, D)
+    query = (query.float() * (scale or D ** -0.5)).reshape(b, h, H // h, D)
     common = cache.by_row(cache.by_group(query) @ keys.transpose(2, 3))          # (b, h, H / h, C)
     own = query @ key.transpose(2, 3) + mask                                     # (b, h, H / h, S)
     weights = torch.cat([common, own], dim=-1).softmax(-1)
@@ -790,10 +790,10 @@ def forward_cached(model, cache, ids, positions, n_slots):
     config = model.config.get_text_config()
     if cache.C and n_slots > (sliding_window(config) or n_slots):
         cache.unshare()  # a window hides a part of the prompt from some
+    cache.start(positions, n_slots)
     cached, first = {cache_argument(type(model.base_model)): cache, "use_cache": True}, 0
     if cache.C and ids.shape[1] == 1:
         cached["grouped"], first = cache, cache.C  # on its way to attend; all see what they share
-    cache.start(positions, n_slots, whole=not first)
     slots = torch.arange(first, n_slots, device=positions.device)
     behind = positions[..., None] - slots                                           # (b, T, S)
     return model.base_model(input_ids=ids, position_ids=positions, attention_mask=visible(
@@ -806,7 +806,7 @@ def extend(model, cache, chunks):
     ids, _ = pad_rows(chunks, chunks, model.device)                                 # (b, T)
     start = torch.tensor([cache.lengths[row] for row in rows], device=model.device)[:, None]
     positions = start + torch.arange(ids.shape[1], device=model.device)
-    # Padding must not run out of a table of learned positions, or of the slots.
+    # Padding must not run out of a table of learned positions.
     positions = positions.clamp(max=context_size(model) - 1)
     n_slots = cache.round_up(max(cache.lengths[row] for row in rows) + ids.shape[1])
     hidden = forward_cached(model, cache, ids, positions, n_slots)
