@@ -117,7 +117,9 @@ def test_a_groups_prompt_is_read_once_and_the_logits_are_the_models_own(loaded, 
 @pytest.mark.parametrize("fault", ["fails", "is wrong"])
 def test_a_model_that_our_attention_does_not_fit_keeps_its_own(tiny, fault, monkeypatch):
     """Gemma 3n and Gemma 4 have layers without keys of their own, Doge a learned bias of each slot:
-    they are sampled by sdpa, not refused, and get no logits that are not their own."""
+    they are sampled by sdpa, not refused, and get no logits that are not their own. StableLM hands
+    its attention no keywords of ours: it once kept our attention all the same, which then saw all
+    tokens of a tree, and its log-probs in training were off by a nat."""
     def attention(query, *args):
         if fault == "fails":
             raise RuntimeError("no such layer")
@@ -129,8 +131,9 @@ def test_a_model_that_our_attention_does_not_fit_keeps_its_own(tiny, fault, monk
     for dialogue in full:
         assert_sampled_as_scored(model, dialogue, 0.7)
     monkeypatch.undo()
-    assert exgrpo.load_model(tiny("llama"), torch.device("cpu"))[
-        0].config._attn_implementation == "grouped"
+    for kind, name in (("llama", "grouped"), ("stablelm", "sdpa")):
+        model, _ = exgrpo.load_model(tiny(kind), torch.device("cpu"))
+        assert model.config._attn_implementation == name
 
 
 def test_fork_at_zero_is_the_bare_question(loaded):
