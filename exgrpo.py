@@ -320,7 +320,7 @@ def check_model(model):
     """Our cache and loss head must give the model's own logits; else the model is refused. Takes
     our attention, attend, in place of sdpa, unless it is the reason why they do not."""
     ids = (torch.arange(2, 14) % model.get_input_embeddings().num_embeddings).tolist()
-    own = model(torch.tensor([ids], device=model.device)).logits[0, -1].float()
+    own = model(torch.tensor([ids], device=model.device)).logits[0, -2:].float()    # (2, V)
     attention = model.config._attn_implementation
     for name in ["grouped"] * (attention == "sdpa") + [attention]:
         model.set_attn_implementation(name)
@@ -332,15 +332,18 @@ def check_model(model):
 
 
 def sampler_fault(model, ids, own):
-    """What is wrong with our logits behind these ids; own: the model's, (V,). "" if nothing is. Two
-    groups of two rows read their prompts, then more, and then one token each."""
+    """What is wrong with our logits behind the last two of these ids; own: the model's, (2, V). ""
+    if nothing is. Two groups of two rows read their prompts, then more, and then two times a token
+    each, at last with many slots to spare: a model must not take the last for its position."""
     try:
         cache = KVCache(2, model)
         with packed(model):
             extend(model, cache, [ids[:8], ids[:5]])
             cache.repeat(2)
-            extend(model, cache, [ids[8:11]] * 2 + [ids[5:11]] * 2)
-            ours = extend(model, cache, [ids[11:]] * 4)                             # (4, V)
+            extend(model, cache, [ids[8:10]] * 2 + [ids[5:10]] * 2)
+            ours = [extend(model, cache, [ids[10:11]] * 4)]
+            cache.block = 512
+            ours = torch.stack([*ours, extend(model, cache, [ids[11:]] * 4)], 1)    # (4, 2, V)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -566,9 +569,9 @@ class Dialogue:
 class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of a row lies in its slot t.
 
-    So a row needs no padding inside, and what it may see is `slot <= position`. On a CPU, the first
-    C slots of a group's rows, which hold the same, are kept once for all of them; the rows' own
-    stores begin behind these, in fp32, see attend_grouped. They have no room to spare: a CPU reads
+    So a row needs no padding inside, and what it may see is `slot <= position`. For attend_grouped,
+    the first C slots of a group's rows, which hold the same, are kept once for all of them; the
+    rows' own stores begin behind these, and are fp32. No store has much room to spare: a CPU reads
     what lies without gaps twice as fast.
     """
 
@@ -580,13 +583,13 @@ class KVCache:
         self.positions = self.n_slots = None  # where in the stores its tokens go, slots in use
         self.places = {}             # the same, counted through a whole store, see _write
         self.block = 16 if model.device.type == "cpu" else 128  # slots are added so many at a time
-        self.grouped = model.device.type == "cpu" and (
+        self.grouped = model.device.type == "cpu" and (  # whether attend_grouped is used
             model.config.get_text_config()._attn_implementation == "grouped")
         self.prompts, self.C = [], 0  # of each layer, what groups have in common, (Q, H, C, D)
         self.groups = None           # the group of each row, (B,)
         self.members = 0             # M, the most active rows of a group
         self.table = None            # which active row is member n of group q, at q * M + n
-        self.cells = None            # the inverse: q * M + n of each active row, (b,)
+        self.cells = None            # the inverse: q * M + n of each active row, (b,); or all
 
     def get_seq_length(self, layer_idx=0):
         return max(self.lengths)
@@ -643,6 +646,7 @@ class KVCache:
     def _write(self, stores, new):
         """Puts new keys and values (b, H, T, D) into two stores (B, H, S, D), or b rows of them, or
         their larger successors, which are returned."""
+        stores = [store.to(x.dtype) for store, x in zip(stores, new)]  # once, behind unshare
         B, H, S = stores[0].shape[:3]
         if S < self.n_slots:
             stores = [F.pad(store, (0, 0, 0, self.n_slots - S)) for store in stores]
@@ -670,10 +674,11 @@ class KVCache:
         self.activate(torch.arange(len(self.lengths), device=self.active.device))
 
     def unshare(self):
-        """Every row gets a copy of what it shares."""
-        rows = torch.arange(len(self.lengths))
-        self.layers = [self._join(i, layer, rows) for i, layer in enumerate(self.layers)]
-        self.prompts, self.C, self.parts = [], 0, {}
+        """Every row gets a copy of what it shares: attend_grouped is no longer used."""
+        self.parts, rows = {}, torch.arange(len(self.lengths))
+        for i, layer in enumerate(self.layers):
+            layer[:] = self._join(i, layer, rows)
+        self.prompts, self.C, self.grouped = [], 0, False
 
     def fork(self, rows):
         """Appends copies of these rows: dialogues that go on in a second way."""
@@ -986,10 +991,10 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
            cache=None, rows=None):
     """Samples group_size replies to each prompt (lists of ids) from softmax(logits / temperature).
 
-    Without a cache each prompt is read once and its keys and values are copied to its group:
-    B = Q * G rows, group by group. With the cache of an earlier call, prompts are the whole
-    dialogues of its `rows` (default: all), of which only what the cache does not hold is read.
-    Prompts may contain stop_ids: a reply ends with the first one that was sampled.
+    Without a cache each prompt is read once for its group: B = Q * G rows, group by group. With the
+    cache of an earlier call, prompts are the whole dialogues of its `rows` (default: all), of which
+    only what the cache does not hold is read. Prompts may contain stop_ids: a reply ends with the
+    first one that was sampled.
     """
     device, cpu = model.device, model.device.type == "cpu"
     if cache is None:

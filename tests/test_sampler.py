@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 from tokenizers import AddedToken
+from transformers import GPTNeoConfig
 
 import exgrpo
 import tiny as maker
@@ -134,6 +135,18 @@ def test_a_model_that_our_attention_does_not_fit_keeps_its_own(tiny, fault, monk
     for kind, name in (("llama", "grouped"), ("stablelm", "sdpa")):
         model, _ = exgrpo.load_model(tiny(kind), torch.device("cpu"))
         assert model.config._attn_implementation == name
+
+
+def test_a_model_that_takes_the_last_slot_for_its_position_is_refused(tmp_path, monkeypatch):
+    """GPT-Neo's local layers look back from the last slot of the cache, not from the query's. With
+    slots to spare, or beside a longer row, a dialogue past its window had log-probs wrong by 0.2;
+    the twelve ids by which a model is checked never reached the window."""
+    monkeypatch.setitem(maker.CONFIGS, "gpt_neo", lambda **ids: GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=256, max_position_embeddings=2048, **ids))
+    folder = maker.tiny_model_folder("gpt_neo", tmp_path)
+    with pytest.raises(exgrpo.UserError, match="does not reproduce GPTNeoForCausalLM .*differ"):
+        exgrpo.load_model(folder, torch.device("cpu"))
 
 
 def test_fork_at_zero_is_the_bare_question(loaded):
