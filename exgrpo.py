@@ -572,7 +572,7 @@ class KVCache:
     So a row needs no padding inside, and what it may see is `slot <= position`. For attend_grouped,
     the first C slots of a group's rows, which hold the same, are kept once for all of them; the
     rows' own stores begin behind these, and are fp32. No store has much room to spare: a CPU reads
-    what lies without gaps twice as fast.
+    what lies without gaps up to twice as fast.
     """
 
     def __init__(self, n_rows, model):
