@@ -341,9 +341,9 @@ def sampler_fault(model, ids, own):
             extend(model, cache, [ids[:8], ids[:5]])
             cache.repeat(2)
             extend(model, cache, [ids[8:10]] * 2 + [ids[5:10]] * 2)
-            ours = [extend(model, cache, [ids[10:11]] * 4)]
+            first = extend(model, cache, [ids[10:11]] * 4)
             cache.block = 512
-            ours = torch.stack([*ours, extend(model, cache, [ids[11:]] * 4)], 1)    # (4, 2, V)
+            ours = torch.stack([first, extend(model, cache, [ids[11:]] * 4)], 1)    # (4, 2, V)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -675,9 +675,9 @@ class KVCache:
 
     def unshare(self):
         """Every row gets a copy of what it shares: attend_grouped is no longer used."""
-        self.parts, rows = {}, torch.arange(len(self.lengths))
+        self.parts = {}
         for i, layer in enumerate(self.layers):
-            layer[:] = self._join(i, layer, rows)
+            layer[:] = self._join(i, layer, slice(None))
         self.prompts, self.C, self.grouped = [], 0, False
 
     def fork(self, rows):
