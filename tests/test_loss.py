@@ -262,23 +262,29 @@ def test_token_logprobs_padded_equal_unpadded(loaded, kind):
 def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
     """D29: with a large vocabulary the logits are formed in chunks, at trained tokens only, and
     again in the backward pass: kept for it, all chunks would be in memory at once after all. Two
-    may be kept: they spare a twentieth of a step."""
+    may be kept: they spare a twentieth of a step. The softmax of a chunk goes block by block."""
     model, _ = loaded("qwen2")
     ids = torch.randint(2, 260, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.6
     n_tokens, V = int(mask[:, 1:].sum()), model.config.vocab_size
     assert 24 < n_tokens <= 40
-    results, rows, own = [], [], exgrpo.head
-    monkeypatch.setattr(exgrpo, "head", lambda model, x: rows.append(len(x)) or own(model, x))
-    for held, n_chunks, passes in ((2 ** 26, 1, 1), (20 * V, 2, 1), (19 * V // 2, 4, 2)):
+    results, rows, blocks, own = [], [], [], exgrpo.in_fp32
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(exgrpo, "in_fp32", lambda model, x: blocks.append(len(x)) or own(model, x))
+    for held, cached, n_chunks, passes in ((2 ** 26, 2 ** 20, 1, 1), (20 * V, 7 * V, 2, 1),
+                                           (19 * V // 2, V, 4, 2)):
         monkeypatch.setattr(exgrpo, "LOGITS_HELD", held)
+        monkeypatch.setattr(exgrpo, "LOGITS_CACHED", cached)
         model.zero_grad()
-        rows.clear()
+        rows.clear(), blocks.clear()
         logps = exgrpo.token_logprobs(model, ids, mask)
         assert len(rows) == n_chunks and sum(rows) == n_tokens and max(rows) * V <= held
+        assert sum(blocks) == n_tokens and max(blocks) == min(cached // V, max(rows))
         (logps * torch.arange(19)).sum().backward()
         assert sum(rows) == passes * n_tokens
         results.append([logps.detach()] + [p.grad.clone() for p in model.parameters()])
+    hook.remove()
     model.zero_grad()
     assert all(torch.allclose(a, b, atol=1e-4) for other in results[1:]
                for a, b in zip(results[0], other))
