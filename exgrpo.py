@@ -65,7 +65,7 @@ except ImportError:  # Windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOGITS_HELD = 2 ** 26  # floats, 256 MiB: logits are formed in chunks of at most so many
-LOGITS_CACHED = 2 ** 20  # floats, 4 MiB: so many stay in a CPU's cache
+BLOCK = 2 ** 20  # floats, 4 MiB: so many logits stay in a CPU's cache
 MAX_GRAD_NORM = 1.0
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM: what is under way is finished, then we leave
 
@@ -1097,12 +1097,33 @@ def pad_rows(rows, masks, device):
     return ids, mask
 
 
+class BlockByBlock(torch.autograd.Function):
+    """logps(logits (n, V), targets (n,)) -> (n,), a block of rows at a time, each way: what stays
+    in a CPU's cache takes a third of the time. Nothing is kept but the logits, as they came."""
+
+    @staticmethod
+    def forward(ctx, logps, block, logits, targets):
+        ctx.logps, ctx.block = logps, block
+        ctx.save_for_backward(logits, targets)
+        return torch.cat([logps(*x) for x in zip(logits.split(block), targets.split(block))])
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for x, t, g, out in zip(*(y.split(ctx.block) for y in (logits, targets, grad, result))):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                out.copy_(torch.autograd.grad(ctx.logps(x, t), x, g)[0])
+        return None, None, result, None
+
+
 def head_logps(model, hidden, targets, temperature):
     """hidden (N, D), targets (N,) -> log-probs (N,), in fp32. Logits are formed chunk by chunk, at
     most LOGITS_HELD at a time; those of more than two chunks again in the backward pass, in place
-    of being kept for it. On a CPU, the softmax of a chunk goes block by block: what stays in the
-    cache takes a third of the time."""
-    V, on_cpu = len(model.get_output_embeddings().weight), hidden.device.type == "cpu"
+    of being kept for it."""
+    rows, block = (max(1, n // len(model.get_output_embeddings().weight)) for n in (
+        LOGITS_HELD, BLOCK if hidden.device.type == "cpu" else 16 * BLOCK))
 
     def logps(logits, targets):  # one pass each way: gather - logsumexp takes 1.7 times as long
         logits = in_fp32(model, logits)                                             # (n, V)
@@ -1110,10 +1131,8 @@ def head_logps(model, hidden, targets, temperature):
                                 reduction="none")
 
     def formed(hidden, targets):
-        block = max(1, LOGITS_CACHED // V) if on_cpu else len(targets)
-        logits = model.get_output_embeddings()(hidden)
-        return torch.cat([logps(*x) for x in zip(logits.split(block), targets.split(block))])
-    n_chunks = max(1, -(-len(targets) // max(1, LOGITS_HELD // V)))
+        return BlockByBlock.apply(logps, block, model.get_output_embeddings()(hidden), targets)
+    n_chunks = max(1, -(-len(targets) // rows))
     if n_chunks > 2:
         formed = functools.partial(checkpoint, formed, use_reentrant=False)
     return torch.cat([formed(*x) for x in zip(hidden.chunk(n_chunks), targets.chunk(n_chunks))])

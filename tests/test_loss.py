@@ -275,7 +275,7 @@ def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
     for held, cached, n_chunks, passes in ((2 ** 26, 2 ** 20, 1, 1), (20 * V, 7 * V, 2, 1),
                                            (19 * V // 2, V, 4, 2)):
         monkeypatch.setattr(exgrpo, "LOGITS_HELD", held)
-        monkeypatch.setattr(exgrpo, "LOGITS_CACHED", cached)
+        monkeypatch.setattr(exgrpo, "BLOCK", cached)
         model.zero_grad()
         rows.clear(), blocks.clear()
         logps = exgrpo.token_logprobs(model, ids, mask)
