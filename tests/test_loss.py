@@ -244,19 +244,23 @@ def changed(**values):
 def test_token_logprobs_padded_equal_unpadded(loaded, kind):
     """D6, D8: right-padded rows of ragged lengths, at exactly the places of the mask, equal the
     plain log_softmax of each row alone. A mask that is off by one speaks of the neighbouring
-    token."""
+    token. The gradients are the plain ones, too: head_logps has a backward pass of its own."""
     model, _ = loaded(kind)
     rows = [[5, 17, 9, 40, 262, 262, 7], [8, 262, 3], [11, 12, 13, 14, 15]]
     masks = [[0, 0, 1, 1, 1, 0, 1], [0, 1, 1], [0, 1, 0, 1, 0]]
     ids, mask = exgrpo.pad_rows(rows, masks, model.device)
     ours = exgrpo.token_logprobs(model, ids, mask, 0.7)
     assert ours.shape == (3, 6)
-    for row, own, mark in zip(ours, rows, masks):
+    expected = torch.zeros(3, 6)
+    for b, (own, mark) in enumerate(zip(rows, masks)):
         logits = model(torch.tensor([own])).logits[0, :-1].float() / 0.7
         plain = torch.log_softmax(logits, -1).gather(1, torch.tensor(own[1:])[:, None])[:, 0]
-        expected = torch.zeros(6)
-        expected[:len(own) - 1] = plain * torch.tensor(mark[1:])
-        assert torch.allclose(row, expected, atol=1e-5)
+        expected[b, :len(own) - 1] = plain * torch.tensor(mark[1:])
+    assert torch.allclose(ours, expected, atol=1e-5)
+    weight = exgrpo.trainable(model)[next(iter(exgrpo.trainable(model)))]
+    grads = [torch.autograd.grad((logps * torch.arange(18.).view(3, 6)).sum(), weight)[0]
+             for logps in (ours, expected)]
+    assert grads[0].abs().max() > 0.1 and torch.allclose(*grads, atol=1e-4)
 
 
 def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
