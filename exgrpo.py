@@ -65,7 +65,7 @@ except ImportError:  # Windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOGITS_HELD = 2 ** 26  # floats, 256 MiB: logits are formed in chunks of at most so many
-BLOCK = 2 ** 20  # floats, 4 MiB: so many logits stay in a CPU's cache
+LOGITS_BLOCK = 2 ** 20  # floats, 4 MiB: what stays in a CPU's cache; a GPU takes 16 times as many
 MAX_GRAD_NORM = 1.0
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM: what is under way is finished, then we leave
 
@@ -1123,7 +1123,7 @@ def head_logps(model, hidden, targets, temperature):
     most LOGITS_HELD at a time; those of more than two chunks again in the backward pass, in place
     of being kept for it."""
     rows, block = (max(1, n // len(model.get_output_embeddings().weight)) for n in (
-        LOGITS_HELD, BLOCK if hidden.device.type == "cpu" else 16 * BLOCK))
+        LOGITS_HELD, LOGITS_BLOCK * (1 if hidden.device.type == "cpu" else 16)))
 
     def logps(logits, targets):  # one pass each way: gather - logsumexp takes 1.7 times as long
         logits = in_fp32(model, logits)                                             # (n, V)

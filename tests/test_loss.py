@@ -257,8 +257,8 @@ def test_token_logprobs_padded_equal_unpadded(loaded, kind):
         plain = torch.log_softmax(logits, -1).gather(1, torch.tensor(own[1:])[:, None])[:, 0]
         expected[b, :len(own) - 1] = plain * torch.tensor(mark[1:])
     assert torch.allclose(ours, expected, atol=1e-5)
-    weight = exgrpo.trainable(model)[next(iter(exgrpo.trainable(model)))]
-    grads = [torch.autograd.grad((logps * torch.arange(18.).view(3, 6)).sum(), weight)[0]
+    weights = next(model.parameters())
+    grads = [torch.autograd.grad((logps * torch.arange(18.).view(3, 6)).sum(), weights)[0]
              for logps in (ours, expected)]
     assert grads[0].abs().max() > 0.1 and torch.allclose(*grads, atol=1e-4)
 
@@ -279,7 +279,7 @@ def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
     for held, cached, n_chunks, passes in ((2 ** 26, 2 ** 20, 1, 1), (20 * V, 7 * V, 2, 1),
                                            (19 * V // 2, V, 4, 2)):
         monkeypatch.setattr(exgrpo, "LOGITS_HELD", held)
-        monkeypatch.setattr(exgrpo, "BLOCK", cached)
+        monkeypatch.setattr(exgrpo, "LOGITS_BLOCK", cached)
         model.zero_grad()
         rows.clear(), blocks.clear()
         logps = exgrpo.token_logprobs(model, ids, mask)
