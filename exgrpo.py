@@ -1213,7 +1213,7 @@ class Forest(NamedTuple):
     """Trees of dialogues side by side, one a row: P places a row, R rows, B dialogues."""
     ids: torch.Tensor        # (R, P)
     positions: torch.Tensor  # (R, P), of each token in its dialogue
-    parents: torch.Tensor    # (R, P), the place of the token before
+    parents: torch.Tensor    # (R, P), the place of the token before, r * P + place
     trained: torch.Tensor    # (R, P)
     paths: torch.Tensor      # (B, T), the places of a dialogue's tokens, r * P + place
     mask: torch.Tensor       # (B, T), 1 = trained, 0 elsewhere and behind the dialogue's end
@@ -1231,7 +1231,7 @@ def plant(trees, dialogues, device, by_runs=False):
             path, n = torch.tensor(path), len(path)
             ids[r, path] = torch.tensor(dialogues[b].ids)
             positions[r, path] = torch.arange(n)
-            parents[r, path[1:]] = path[:-1]
+            parents[r, path[1:]] = r * P + path[:-1]
             trained[r, path[1:]] |= torch.tensor(dialogues[b].mask[1:])
     chosen = [b for tree in trees for b, _ in tree]
     paths, mask = pad_rows([[r * P + place for place in path] for r, tree in enumerate(trees)
@@ -1282,10 +1282,13 @@ def tree_logprobs(model, forest, temperature=1.0):
     hidden = model.base_model(
         input_ids=forest.ids, position_ids=forest.positions, attention_mask=mask,
         use_cache=False, **runs).last_hidden_state                                  # (R, P, D)
-    before = hidden[keep.nonzero()[:, 0], forest.parents[keep]]                     # (N, D)
+    # Looked up by F.embedding: what comes back to a shared place is added in one order, always. Of
+    # hidden[...], a CPU's threads add it as they come, and two runs part in the last digit.
+    before = F.embedding(forest.parents[keep], hidden.flatten(0, 1))                # (N, D)
     logps = head_logps(model, before, forest.ids[keep], temperature)                # (N,)
     logps = torch.zeros(keep.shape, device=keep.device).masked_scatter(keep, logps)
-    return torch.where(forest.mask.bool(), logps.flatten()[forest.paths], 0.0)[:, 1:]
+    logps = F.embedding(forest.paths, logps.view(-1, 1)).squeeze(-1)                # (B, T)
+    return torch.where(forest.mask.bool(), logps, 0.0)[:, 1:]
 
 
 def group_advantages(rewards):

@@ -388,6 +388,27 @@ def test_trees_equal_the_padded_form(loaded, kind, budget, by_runs, monkeypatch)
     assert budget < 10 ** 6 or places < ids.numel()
 
 
+def test_gradients_on_two_threads_are_the_same_bit_for_bit(loaded):
+    """Our own bug: where several dialogues run through a token, autograd adds what comes back from
+    each. Of hidden[index], a CPU's threads add it in the order in which they get there, so that two
+    runs of the same command differed in the sixth digit from the third step on."""
+    model, _ = loaded("llama")
+    generator = torch.Generator().manual_seed(0)
+    shared, *own = [torch.randint(0, 250, (n,), generator=generator).tolist()
+                    for n in [500] + [20] * 64]
+    dialogues = [exgrpo.Dialogue(shared + ids, [1] * 520) for ids in own]
+    weights = torch.rand(64, 519, generator=generator)
+    threads, gradients = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(5):
+        rows, _ = planted(model, dialogues, 10 ** 6)
+        (torch.stack(rows) * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], again) for again in gradients[1:])
+
+
 def test_trees_hold_every_row_once_within_the_budget():
     """Shared beginnings stand once; memory is bounded by the budget however large the group."""
     assert exgrpo.grow_trees([[1, 2, 3], [1, 2, 4]], 10, 64) == [[(0, [0, 1, 2]), (1, [0, 1, 3])]]
