@@ -353,6 +353,13 @@ def sampler_fault(model, ids, own):
     return "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
 
 
+def has_bf16(device):
+    """Are products in bf16 worth while? A CPU with AVX2 at best has none, and torch's own loops for
+    them take four to eight times as long as products in fp32."""
+    return device.type != "cpu" or (torch.backends.mkldnn.is_available()
+                                    and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def context_size(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
@@ -913,7 +920,7 @@ def packed(model):
     layers, families, ops = [], [], torch.ops.mkldnn
     cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(
-            ops, "_linear_pointwise") and (cast is None or ops._is_mkldnn_bf16_supported()):
+            ops, "_linear_pointwise") and (cast is None or has_bf16(model.device)):
         families = siblings(model)
     for family in families:
         family = [layer for layer in family
@@ -1890,8 +1897,10 @@ def print_plan(args, model, questions, device):
     probes = [len(row["probes"]) for row in questions]
     few = sum(n < args.turns for n in probes)
     scenarios = "full and partial" if args.turns else "no probes: plain GRPO"
+    dtype = "fp32" if not args.bf16 else "bf16 autocast" if has_bf16(device) else (
+        "bf16 autocast (this CPU has no bf16 products: without --bf16 it is several times as fast)")
     print(f"student   {args.student}: {size:.1f} M parameters, {trained}, on {device}, "
-          f"{'bf16 autocast' if args.bf16 else 'fp32'}\n"
+          f"{dtype}\n"
           f"data      {args.probes}: {len(questions)} kept questions, {sum(probes)} consistent "
           f"probes; {few} questions have fewer than {args.turns}\n"
           f"plan      {args.sft_epochs} SFT epochs, {args.steps} steps; a step: "

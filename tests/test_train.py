@@ -204,6 +204,15 @@ def test_weights_are_fp32_whatever_the_checkpoint_and_the_products(monkeypatch, 
     assert moved > 0.9
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_the_plan_says_where_bf16_is_slow(monkeypatch, capsys, tiny, tmp_path, able):
+    """--bf16 on a CPU without such products takes many times as long, and nothing else says why."""
+    monkeypatch.setattr(exgrpo, "has_bf16", lambda device: able)
+    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 0, "--bf16",
+         "--out", tmp_path / "run")
+    assert ("several times as fast" in capsys.readouterr().out) != able
+
+
 def test_gradient_checkpointing_changes_memory_only(monkeypatch, tiny, tmp_path):
     """D17: layers are recomputed in train mode only, and there transformers drops the KV cache: a
     sampler that runs in train mode sees no prompt. The same dialogues and metrics must come out."""
