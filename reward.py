@@ -92,7 +92,9 @@ UNIT = re.compile(
 NOT_A_UNIT = re.compile(                                         # but changes the number
     r"(?i)\b(?:and|or|nor|not?|never|false|wrong|incorrect|plus|minus|multiplied|divided|than|mod"
     r"|base|if|to|out|least|most|ish|squared|cubed|factorial|score|gross|hal(?:f|ves)"
-    r"|(?:hundred|thousand|[mbt]r?illion|dozen|ten)s?|of [\dxyz]|\d ?(?:rd|st|nd|th)"
+    r"|(?:hundred|thousand|[mbt]r?illion|lakh|crore|dozen|ten)s?|of [\dxyz]|\d ?(?:rd|st|nd|th)"
+    r"|(?<!\()(?<!ty-)(?:two|three|four|five|six|seven|eight|nine|eleven|twelve|fifteen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)|(?:point|over|root|remainder|below) (?=\w)"
     r"|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:th|d)s?)\b|n't")
 INT = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|\d+)"
 LITERAL = (rf"[+-]? ?(?:(?:\d+ )?{INT}/[+-]?(?=[\d,]*[1-9]){INT}|(?:{INT}(?:\.\d*)?|\.\d+)"
@@ -105,10 +107,13 @@ NUMBER = re.compile(                                             # [x =] [curren
 CHOICE = re.compile(                                             # not the article A, not B or C
     r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter):? )[\"'(\[{]*)?(?:(?<=\()([A-Fa-f])"
     r"(?=\))|([B-F]|A(?! (?!because|since|as\b|is\b)\w))|([a-f])(?=\W*$|[.!] [A-Z]))"
-    r"(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w| is(?:n't| not| wrong| incorrect| false))(?!\W*"
-    r"(?:\b(?:and|n?or|to|through|plus|also|with|as|well|option|choice|maybe|possibly)\b\W*)+"
+    r"(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w|[\"')\]}*_$]*,?(?: which)? "
+    r"(?:(?:is|was)(?:n't| not| wrong| incorrect| false)|can(?:'t|not)))(?!\W*"
+    r"(?:\b(?:and|n?or|to|through|plus|also|with|together|versus|vs|as|well|option|choice|maybe"
+    r"|even|possibly)\b\W*)+"
     r"(?:[A-F]\b|[a-f]\))|[^\w,&/;+]*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))"
-    r"|\W*\([a-f]\))")
+    r"|\W*\([a-f]\)|(?:(?!\b(?:because|since|as|not|rather|unlike)\b)[^.!?;:])*?"    # (B) x, (C) y
+    r"(?:\b(?:and|n?or|versus|vs|plus)|[,&/]) *\([A-F]\)(?! (?:is|was)\b))")
 DATES = "%m/%d/%Y %m-%d-%Y %Y/%m/%d %Y-%m-%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y".split()
 
 
