@@ -33,6 +33,8 @@ import hashlib
 import inspect
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import sys
@@ -87,8 +89,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains every flag)")
 
     def format_help(self):
-        text = super().format_help()
-        return text.replace(" (default: None)", "").replace(" (default: False)", "")
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
 
 def at_least(low, kind=int, above=False):
@@ -111,8 +112,10 @@ def run(main):
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         code = 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: the GPU's memory is too small for this ({str(error).partition('.')[0]}): "
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: memory is too small for this ({in_short(error).partition('. ')[0]}): "
               "lower --micro-batch-tokens or, if it was sampling, --group-size (exgrpo.py), or "
               "--batch-size (evaluate.py)", file=sys.stderr)
         code = 2
@@ -123,6 +126,12 @@ def run(main):
         print(f"interrupted. {interrupt}", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def out_of_memory(error):
+    """On a GPU it is an error of its own, elsewhere a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory"))
 
 
 def read_json(path):
@@ -301,7 +310,13 @@ def load_model(name, device):
         parameter.data = parameter.data.clone()
     disable_dropout(model)
     model = model.to(device).eval()
-    chat = Chat(tokenizer, model)
+    try:
+        chat = Chat(tokenizer, model)
+    except UserError:
+        raise
+    except Exception as error:  # jinja's, and what a template raises of itself
+        raise UserError(f"the chat template of {path} fails ({in_short(error)}): mend it there, in "
+                        "chat_template.jinja or tokenizer_config.json")
     check_model(model)
     return model, chat
 
@@ -345,9 +360,9 @@ def sampler_fault(model, ids, own):
             first = extend(model, cache, [ids[10:11]] * 4)
             cache.block = 512
             ours = torch.stack([first, extend(model, cache, [ids[11:]] * 4)], 1)    # (4, 2, V)
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         return in_short(error)
     worst = (ours - own).abs().max().item()
     return "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
@@ -495,8 +510,9 @@ class Chat:
         """The special token that the template puts behind a reply: not eos in a Qwen base model."""
         special = ends | set(self.tokenizer.all_special_ids)
         closed = self._render("x", "y", reply_next=False)
-        opened = self._render("x", reply_next=True)
-        return next((i for i in reversed(closed[len(opened):]) if i in special), None)
+        opened = self._render("x", reply_next=True)  # by what no reply repeats, as <think>, too
+        n = len(os.path.commonprefix([closed, opened]))
+        return next((i for i in reversed(closed[n:]) if i in special), None)
 
     def _clean(self, text):
         """Special tokens inside a question or a teacher's text would open or close turns. Taking
@@ -862,9 +878,9 @@ class Recorded:
             try:
                 with torch.cuda.graph(self.graph):
                     self.logits = read_token(model, cache, *self.inputs, n_slots)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
                 self.possible = False
                 return self(model, cache, token, position, n_slots)
         for kept, new in zip(self.inputs, (token, position)):
@@ -1391,8 +1407,16 @@ def save_checkpoint(args, stage, step, model, optimizer):
 def load_checkpoint(args, stage, model, optimizer):
     """Puts the state of this stage back and returns its step, or 0. What its logs hold beyond that
     step will be written again, so it is cut off; a log that was deleted begins anew."""
-    path = os.path.join(args.out, "checkpoint.pt")
-    state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else {}
+    path, state = os.path.join(args.out, "checkpoint.pt"), {}
+    try:
+        if os.path.exists(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({in_short(error)}): put the whole file back, or "
+                        "start again with a new --out")
+    if (state.get("stage"), stage) == ("ExGRPO", "SFT"):
+        raise UserError(f"the run in {args.out} is past its warm-up, whose result, sft, is gone: "
+                        "put it back, or start again with a new --out")
     if state.get("stage") != stage:
         state = {"step": 0, "log_sizes": [0] * len(LOGS[stage])}
     for name, size in zip(LOGS[stage], state["log_sizes"]):
@@ -1421,7 +1445,10 @@ def save_model(model, chat, folder):
         raise UserError(f"cannot write the model in {folder} (is the disk full? {error}); make "
                         "room and go on with --resume")
     for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
-        os.replace(os.path.join(staging, name), os.path.join(folder, name))
+        target = os.path.join(folder, name)
+        if os.path.isdir(target):  # of named chat templates: a folder replaces an empty one only
+            shutil.rmtree(target)
+        os.replace(os.path.join(staging, name), target)
     os.rmdir(staging)
 
 
@@ -1454,6 +1481,11 @@ def open_run(args):
         if differing:
             raise UserError(f"--resume: the run in {args.out} was started with "
                             f"{'; '.join(differing)}; use its flags and data, or a new --out")
+        saved = [os.path.exists(os.path.join(args.out, *name)) for name in (
+            ["checkpoint.pt"], ["sft", "config.json"], ["config.json"])]
+        if any(saved) and not saved[0]:
+            raise UserError(f"--resume: {args.out} holds a model, but its checkpoint.pt is gone: "
+                            "put it back, or start again with a new --out")
     elif os.path.isdir(args.out) and set(os.listdir(args.out)) - {"run.json.tmp"}:
         raise UserError(f"{args.out} is not empty: --resume goes on with its run, a new --out "
                         "starts another")

@@ -141,7 +141,7 @@ def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra):
     flags = [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--student", tiny("llama"), *SMALL,
              *extra, "--sft-epochs", "2", "--sft-batch-size", "24", "--steps", "6",
              "--save-every", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0"}
     quiet, broken = str(tmp_path / "quiet"), str(tmp_path / "broken")
     subprocess.run([*flags, "--out", quiet], check=True, env=environment, capture_output=True)
     # header + 3 steps: one past a checkpoint
@@ -263,6 +263,64 @@ def test_a_log_that_was_cut_or_deleted(monkeypatch, capsys, tiny, tmp_path):
     log.unlink()
     call(monkeypatch, *flags, "--steps", 2, "--resume")
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["2"]
+
+
+def test_a_checkpoint_or_warm_up_that_is_gone_or_cut(monkeypatch, capsys, tiny, tmp_path):
+    """--resume took a run without its checkpoint for one that had done nothing yet: it emptied the
+    logs, began again at step 1 and wrote over the model."""
+    run = tmp_path / "run"
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 1, "--out", run]
+    call(monkeypatch, *flags, "--steps", 1)
+    whole, logs = (run / "checkpoint.pt").read_bytes(), (run / "metrics.csv").read_bytes()
+    again = [*flags, "--steps", 2, "--resume"]
+    (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    fails(monkeypatch, capsys, *again, saying=["checkpoint.pt cannot be read", "put the whole"])
+    (run / "checkpoint.pt").unlink()
+    fails(monkeypatch, capsys, *again, saying=["checkpoint.pt is gone", "put it back"])
+    (run / "checkpoint.pt").write_bytes(whole)
+    (run / "sft").rename(tmp_path / "sft")
+    fails(monkeypatch, capsys, *again, saying=["sft, is gone", "put it back"])
+    (tmp_path / "sft").rename(run / "sft")
+    assert (run / "metrics.csv").read_bytes() == logs
+    call(monkeypatch, *again)
+    assert [row["step"] for row in metrics(run)] == ["1", "2"]
+
+
+def test_out_of_memory_and_other_faults_of_torch(monkeypatch, capsys):
+    """A GPU's lack of memory has a class of its own, that of a CPU or of mps is a RuntimeError."""
+    def lacking():
+        torch.empty(2 ** 60, dtype=torch.uint8)
+    with pytest.raises(SystemExit) as leaving:
+        exgrpo.run(lacking)
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and "memory is too small" in error and error.count("\n") == 1
+
+    def wrong():
+        torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError):
+        exgrpo.run(wrong)
+
+
+def test_templates_of_their_own_kind(monkeypatch, capsys, tiny, tmp_path):
+    """A template may open a reply by what no finished reply has (DeepSeek-R1: <think>); there may
+    be several, by name, which a model's folder holds in a folder; and one may fail."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    own = tokenizer.chat_template
+    tokenizer.chat_template = own.replace("assistant\n{% endif", "assistant\nI think:\n{% endif")
+    assert tokenizer.chat_template != own
+    chat = exgrpo.Chat(tokenizer, model)
+    assert chat.end_id == tokenizer.eos_token_id
+    assert chat.decode(chat.first("Why?")).endswith("I think:")
+    tokenizer.chat_template = {"default": own, "tool_use": own}
+    chat = exgrpo.Chat(tokenizer, model)
+    for _ in range(2):
+        exgrpo.save_model(model, chat, tmp_path)
+    assert os.path.isdir(tmp_path / "additional_chat_templates")
+    tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
+    tokenizer.save_pretrained(tmp_path)
+    fails(monkeypatch, capsys, "--student", tmp_path, *SMALL, "--out", tmp_path / "run",
+          saying=["chat template", "a system turn is needed"])
 
 
 def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
