@@ -510,7 +510,7 @@ def skip_finished(path, questions, batch):
         row = next(questions, None)
         if row is None:  # --limit is smaller than it was
             break
-        if any(line.get(key) != row[key] for key in ("id", "question", "answer")):
+        if any(line.get(key) != row[key] for key in ("id", "question", "answer", "answer_type")):
             raise UserError(f"{where} holds question {line.get('id')!r}, but here the data has "
                             f"{row['id']!r}: the data has changed; name another --out")
         finished += 1
@@ -742,6 +742,10 @@ def parse_args():
     args.rules = list(RULES) if args.rules == "all" else args.rules.split(",")
     if not set(args.rules) <= set(RULES) or len(set(args.rules)) < len(args.rules):
         raise UserError(f"--rules: name each rule once, as in {','.join(RULES)}")
+    if args.student and args.tau_hard >= len(args.rules):  # a rule gives one probe at most
+        raise UserError(f"--tau-hard {args.tau_hard} with {len(args.rules)} --rules keeps no "
+                        "question: by Eq. 2 the student must know so many probes, and not all; "
+                        "lower the one or name more of the other")
     return args
 
 
@@ -794,7 +798,8 @@ def main():
               f"student  {args.student}: {student.about if student else 'Eq. 2 is skipped'}\n"
               f"data     {args.data}, {args.split}; {len(args.rules)} rules\n"
               f"output   {args.out}, {finished:,} questions in it", flush=True)
-        questions = itertools.chain(again, questions)
+        left = list(itertools.islice(questions, 1))
+        questions = itertools.chain(again if left else [], left, questions)
         make(teacher, student, questions, file, header, finished, args)
     n_kept = report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
@@ -803,7 +808,7 @@ def main():
         student = exgrpo.shown(args.student or "STUDENT")
         print(f"next: python exgrpo.py --student {student} --probes {args.out}")
     else:
-        print("No question was kept, so there is nothing to train on: try a stronger teacher")
+        print("No question was kept, so there is nothing to train on; the tables above say why")
 
 
 def make(teacher, student, questions, file, header, finished, args):

@@ -147,7 +147,8 @@ def read_outputs(path):
         raise UserError(f'{where}: evaluate.py did not write this: there is no {{"evaluate": ...}}')
     for where, row in lines:
         for key, kind in (ITEM | OUTPUT).items():
-            if not isinstance(row.get(key), kind):
+            if not isinstance(row.get(key), kind) or key == "samples" and not all(
+                    isinstance(text, str) for text in row[key]):
                 raise UserError(f'{where}: "{key}" is not as evaluate.py writes it')
         key = f"{row['data']}: {row['id']}"
         exgrpo.check_question(row | {"id": key, "rationale": ""}, where, seen=seen,

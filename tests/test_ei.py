@@ -465,6 +465,10 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
     code, _, err = run_ei(*mine)
     assert code == 2 and "the data has changed" in err and "p.jsonl:2" in err
     assert path.read_bytes() == before
+    row = json.loads(open(QUESTIONS).readline())
+    data.write_text(json.dumps(row | {"answer_type": "text"}) + "\n")
+    code, _, err = run_ei(*mine)
+    assert code == 2 and "the data has changed" in err and path.read_bytes() == before
     for content in (b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n",
                     b'{"ei": []}\n'):
         path.write_bytes(content)
@@ -617,6 +621,9 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
                        "unparsed: no PROBE line"}
     out = capsys.readouterr().out
     assert re.search("no probe left +1 ", out) and "No question was kept" in out
+    with pytest.raises(SystemExit):  # the same again, though a batch of 16 was not full: no reply
+        exgrpo.run(ei.main)
+    assert "nothing was left to ask" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, words", [
@@ -652,6 +659,7 @@ def test_bad_rows_name_their_line(run_ei, tmp_path, change, words):
     (["--data", "gsm8k_rev"], "gsm8k_rev has no such split"), (["--rules", "R1,R1"], "--rules"),
     (["--tau-hard", "-1"], "--tau-hard"), (["--limit", "0"], "--limit"),
     (["--frobnicate"], "--frobnicate"),
+    (["--student", "x", "--rules", "R8"], "--tau-hard 1 with 1 --rules keeps no question"),
     (["--out", "no/such/folder/p.jsonl"], "no/such/folder"),
     (["--report", QUESTIONS], "no D_EI file"),
     (["--report", "missing.jsonl"], "cannot read")])

@@ -268,6 +268,7 @@ def bad(tmp_path, models):
     write_jsonl(tmp_path / "fewer.jsonl", [header, answers[0]])
     write_jsonl(tmp_path / "other_gold.jsonl", [header, answers[0], answers[1] | {"answer": "5"}])
     write_jsonl(tmp_path / "no_output.jsonl", [header, answers[0] | {"output": None}])
+    write_jsonl(tmp_path / "samples.jsonl", [header, answers[0] | {"samples": [1]}])
     write_jsonl(tmp_path / "no_answers.jsonl", [header])
     (tmp_path / "cut.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(answers[0])[:40])
     for name, text in (("no_kl", "step,reward\n1,0.5\n"), ("no_step", ",".join(METRICS) + "\n"),
@@ -300,6 +301,7 @@ METRICS = ["step", "reward", "acc_full", "acc_partial", "bonus_share", "kl", "re
     ("--compare {}/A.jsonl {}/other_gold.jsonl", "d: b is not the same in both"),
     ("--compare {}/A.jsonl {}/good.jsonl", "good.jsonl:1: evaluate.py did not write this"),
     ("--compare {}/A.jsonl {}/no_output.jsonl", 'no_output.jsonl:2: "output"'),
+    ("--compare {}/A.jsonl {}/samples.jsonl", 'samples.jsonl:2: "samples"'),
     ("--compare {}/A.jsonl {}/no_answers.jsonl", "no answer in it"),
     ("--compare {}/A.jsonl {}/cut.jsonl", "cut.jsonl:2: not JSON"),
     ("--compare {}/A.jsonl {}/nowhere.jsonl", "nowhere.jsonl"),
