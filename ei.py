@@ -239,7 +239,11 @@ def leaks(probe, row):
         return True
     if answer_type in ("number", "math"):
         new = set(NUMBER.findall(probe)) - set(NUMBER.findall(question))
-        return any(reward.is_correct(f"The answer is {n}.", gold, answer_type) for n in new)
+        if any(reward.is_correct(f"The answer is {n}.", gold, answer_type) for n in new):
+            return True
+        gold, probe, question = ("".join(x.split()) for x in (gold, probe, question))
+        return (len(gold) > 2 and not NUMBER.fullmatch(gold)  # an expression, letter by letter
+                and gold in probe and gold not in question)
     if answer_type == "choice":  # the right option's words, and no other option's
         others = dict(OPTION.findall(question))
         gold = others.pop(gold, "")

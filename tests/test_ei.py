@@ -25,6 +25,7 @@ import reward
 HERE = os.path.dirname(os.path.abspath(__file__))
 QUESTIONS = os.path.join(HERE, "data", "questions.jsonl")
 HEADER, ROWS = exgrpo.read_probes(os.path.join(HERE, "data", "probes.jsonl"))
+MATH_ROW = {"question": "What is x^2?", "answer": r"\frac{1}{2}", "answer_type": "math"}
 NUMBER_ROW = {"id": "n", "question": "5 hens lay 3 eggs each. How many eggs?", "answer": "15",
               "answer_type": "number", "rationale": "5 x 3 = 15."}
 GOOD = ("PROBE: 4 hens lay 3 eggs each. How many eggs?\nREASONING: 4 x 3 = 12.\n"
@@ -286,6 +287,10 @@ CHOICE_ROW = {"question": "Where do fish sleep?\n(A) in water\n(B) in trees\n(C)
     ("5 hens lay 3 eggs?", NUMBER_ROW | {"answer": "5"}, False),  # 5 stands in the question as well
     ("1,234 eggs?", NUMBER_ROW | {"answer": "1234"}, True),
     ("-3 degrees?", NUMBER_ROW | {"answer": "3"}, False),
+    (r"One gets \frac{1} {2}. Why?", MATH_ROW, True),
+    (r"Why halve, and not take \frac{1}{3}?", MATH_ROW, False),
+    ("Why is x^2 + 1 never 0?", MATH_ROW | {"answer": "x^2+1"}, True),
+    ("Why is x^2 never 0?", MATH_ROW | {"answer": "x^2"}, False),  # the question speaks of it
     ("Why do fish sleep in water?", CHOICE_ROW, True),
     ("Do fish sleep in trees?", CHOICE_ROW, False),
     ("Which is wetter, in water or in bed?", CHOICE_ROW, False),
