@@ -1481,9 +1481,9 @@ def open_run(args):
         if differing:
             raise UserError(f"--resume: the run in {args.out} was started with "
                             f"{'; '.join(differing)}; use its flags and data, or a new --out")
-        saved = [os.path.exists(os.path.join(args.out, *name)) for name in (
-            ["checkpoint.pt"], ["sft", "config.json"], ["config.json"])]
-        if any(saved) and not saved[0]:
+        checkpoint, *models = (os.path.exists(os.path.join(args.out, *name)) for name in (
+            ["checkpoint.pt"], ["sft", "config.json"], ["config.json"]))
+        if any(models) and not checkpoint:
             raise UserError(f"--resume: {args.out} holds a model, but its checkpoint.pt is gone: "
                             "put it back, or start again with a new --out")
     elif os.path.isdir(args.out) and set(os.listdir(args.out)) - {"run.json.tmp"}:
