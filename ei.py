@@ -498,6 +498,8 @@ def difference(first, header):
     try:
         theirs = json.loads(first)["ei"]
         key = next(key for key in header if theirs.get(key) != header[key])
+        if key == "prompts":  # a digest
+            return "was made with other rules or prompts than those that ei.py holds now"
         return f"was started with {key} = {theirs.get(key)!r}, not {header[key]!r}; use its flags"
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return "is there already and was not made by this ei.py"

@@ -400,7 +400,8 @@ def parse_args(argv=None):
                       "curves.png; new or empty. None: the first free evals/N")
     add("--seed", type=at_least(0), default=0, help="of the samples and of the bootstrap")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    add = parser.add_argument_group("without a model").add_argument
+    group = parser.add_argument_group("without a model")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--compare", nargs=2, metavar=("A", "B"), help="outputs.jsonl of two calls: A against B")
     add("--curves", nargs="+", metavar="RUN", help="picture of the training in these folders; runs "
                                                    "that differ in their seed alone become a band")

@@ -337,6 +337,7 @@ def check_model(model):
     our attention, attend, in place of sdpa, unless it is the reason why they do not."""
     ids = (torch.arange(2, 14) % model.get_input_embeddings().num_embeddings).tolist()
     own = model(torch.tensor([ids], device=model.device)).logits[0, -2:].float()    # (2, V)
+    check_finite(own)
     attention = model.config._attn_implementation
     for name in ["grouped"] * (attention == "sdpa") + [attention]:
         model.set_attn_implementation(name)
@@ -366,6 +367,12 @@ def sampler_fault(model, ids, own):
         return in_short(error)
     worst = (ours - own).abs().max().item()
     return "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
+
+
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not all finite numbers: its weights are spoiled, "
+                        "as by too large an --lr or --sft-lr; start again from others")
 
 
 def has_bf16(device):
@@ -1036,6 +1043,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, stop_ids, group_size=
         rows = range(len(cache.lengths)) if rows is None else rows  # in increasing order
         cache.activate(torch.tensor(list(rows), device=device))
         logits = extend(model, cache, [ids[cache.lengths[row]:] for row, ids in zip(rows, prompts)])
+    check_finite(logits)
     B, where = len(prompts), cache.active                    # where: each reply's row in the cache
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest, stop = max(map(len, prompts)), torch.tensor(stop_ids, device=device)
@@ -1471,6 +1479,7 @@ def open_run(args):
     Returns run.json, open and locked: a run has one process."""
     path = os.path.join(args.out, "run.json")
     mine = {name: value for name, value in vars(args).items() if name not in FREE}
+    mine["student"] = mine["student"].removeprefix(HERE + os.sep)  # this project may be moved
     mine["probes_sha256"] = sha256_of(args.probes)
     if args.resume:
         if not os.path.exists(path):

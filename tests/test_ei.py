@@ -455,7 +455,8 @@ def test_a_system_without_locks_goes_on(run_ei, server, tmp_path, monkeypatch):
     assert run_ei(*flags(server, tmp_path / "p.jsonl"), "--limit", "1")[0] == 0
 
 
-def test_other_configurations_files_and_data_are_refused_untouched(run_ei, server, tmp_path):
+def test_other_configurations_files_and_data_are_refused_untouched(run_ei, server, tmp_path,
+                                                                   monkeypatch):
     path, data = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
     data.write_text(open(QUESTIONS).read())
     mine = [*flags(server, path), "--data", data]
@@ -466,6 +467,10 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
                         (["--student", "x"], "student = None, not 'x'")):
         code, _, err = run_ei(*mine, *extra)
         assert code == 2 and word in err and err.count("\n") == 1 and path.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(ei, "TASK", "Think of something else.")
+        code, _, err = run_ei(*mine)
+    assert code == 2 and "other rules or prompts" in err and path.read_bytes() == before
     data.write_text("".join(open(QUESTIONS).readlines()[1:]))
     code, _, err = run_ei(*mine)
     assert code == 2 and "the data has changed" in err and "p.jsonl:2" in err

@@ -305,6 +305,7 @@ METRICS = ["step", "reward", "acc_full", "acc_partial", "bonus_share", "kl", "re
     ("--compare {}/A.jsonl {}/no_answers.jsonl", "no answer in it"),
     ("--compare {}/A.jsonl {}/cut.jsonl", "cut.jsonl:2: not JSON"),
     ("--compare {}/A.jsonl {}/nowhere.jsonl", "nowhere.jsonl"),
+    ("--compare {}/A.jsonl {}/A.jsonl --curves {}", "not allowed with argument --compare"),
     ("--curves {}/full", "cannot read"),
     ("--curves {}/no_kl", "no_kl/metrics.csv:1: no column acc_full"),
     ("--curves {}/no_step", "no step in it yet"),

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -528,7 +529,9 @@ def test_a_model_that_computes_nan_is_refused(monkeypatch, capsys, tiny, tmp_pat
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "broken")
     fails(monkeypatch, capsys, "--student", tmp_path / "broken", "--probes", PROBES, "--out",
-          tmp_path / "run", saying=["does not reproduce LlamaForCausalLM", "differ by nan"])
+          tmp_path / "run", saying=["not all finite", "weights"])
+    own = torch.zeros(2, model.config.vocab_size)
+    assert exgrpo.sampler_fault(model, list(range(2, 14)), own) == "its logits differ by nan"
 
 
 def test_the_toys_student_is_known_by_any_path(monkeypatch):
@@ -569,6 +572,29 @@ def test_no_space_left(monkeypatch, capsys, tiny, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     call(monkeypatch, *flags, "--steps", 2, "--resume")
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["1", "2"]
+
+
+def test_a_run_of_the_projects_own_student_can_be_moved(monkeypatch, tiny, tmp_path):
+    """run.json named it by its absolute path, so that --resume in another checkout refused."""
+    flags = [*SMALL, "--steps", 1, "--sft-epochs", 0, "--out", tmp_path / "run"]
+    for checkout, resume in (("one", []), ("two", ["--resume"])):
+        monkeypatch.setattr(exgrpo, "HERE", str(tmp_path / checkout))
+        student = shutil.copytree(tiny("llama"), tmp_path / checkout / "student")
+        call(monkeypatch, "--student", student, *flags, *resume)
+
+
+@pytest.mark.parametrize("spoiled_by", [3e38, float("nan")])
+def test_spoiled_weights_end_in_one_line(monkeypatch, capsys, tiny, tmp_path, spoiled_by):
+    """A finite gradient and an absurd --lr: the next rollout ended in an IndexError of draw()."""
+    def step(model, optimizer, stage):
+        model.get_input_embeddings().weight.data.fill_(spoiled_by)
+        return 1.0
+    monkeypatch.setattr(exgrpo, "optimizer_step", step)
+    call(monkeypatch, "--student", tiny("gpt2"), *SMALL, "--sft-epochs", 0, "--steps", 2,
+         "--out", tmp_path / "run", expect=2)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "not all finite" in last and "--lr" in last
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("stage", ["run.json", "model"])
