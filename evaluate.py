@@ -52,6 +52,9 @@ def load_items(sources, split, limit):
             rows = ei.load_questions(source, split)[:limit]
         if not rows:
             raise UserError(f"{source}: there is no question in it")
+        if any(item["data"] == data for item in items):
+            raise UserError(f"--data: two files are called {data}, by which outputs are paired and "
+                            "figures are named; rename one of them")
         for row in rows:
             items.append(row | {"data": data, "source": row["id"], "rule": None})
             for probe in row.get("probes", []):
@@ -61,8 +64,8 @@ def load_items(sources, split, limit):
                         "id": f"{row['id']}/{probe['rule']}"})
     for key, n in collections.Counter((item["data"], item["id"]) for item in items).items():
         if n > 1:
-            raise UserError(f"--data: {': '.join(key)} occurs twice, but outputs are paired by the "
-                            "name of their file and by id; rename one")
+            raise UserError(f"--data: {': '.join(key)} occurs twice, but outputs are paired by id: "
+                            "a question has one probe of a rule; leave one out")
     return [{key: item[key] for key in ITEM} for item in items]
 
 
@@ -338,7 +341,7 @@ def seeds_together(runs):
             settings = exgrpo.read_json(os.path.join(run, "run.json"))
             student = str(settings.get("student")).removesuffix(f"-{settings.get('seed')}")
             settings = json.dumps(settings | {"seed": None, "student": student}, sort_keys=True)
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, UserError, TypeError, AttributeError):
             settings = run  # unknown: it stands alone
         groups.setdefault(settings, []).append(run)
     names = [os.path.basename(os.path.abspath(group[0])) for group in groups.values()]

@@ -136,7 +136,10 @@ def out_of_memory(error):
 
 def read_json(path):
     with open(path, encoding="utf-8") as file:
-        return json.load(file)
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); restore it, or start anew elsewhere")
 
 
 def read_jsonl(path):
@@ -333,7 +336,7 @@ def disable_dropout(model):
 
 @torch.no_grad()
 def check_model(model):
-    """Our cache and loss head must give the model's own logits; else the model is refused. Takes
+    """Our cache, trees and loss head must give the model's own logits; else it is refused. Takes
     our attention, attend, in place of sdpa, unless it is the reason why they do not."""
     ids = (torch.arange(2, 14) % model.get_input_embeddings().num_embeddings).tolist()
     own = model(torch.tensor([ids], device=model.device)).logits[0, -2:].float()    # (2, V)
@@ -361,12 +364,25 @@ def sampler_fault(model, ids, own):
             first = extend(model, cache, [ids[10:11]] * 4)
             cache.block = 512
             ours = torch.stack([first, extend(model, cache, [ids[11:]] * 4)], 1)    # (4, 2, V)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        gaps = torch.cat([(ours - own).flatten(), *tree_gaps(model, [ids, ids[:6] + ids[8:]])])
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError,
+            ValueError) as error:
         if out_of_memory(error):
             raise
         return in_short(error)
-    worst = (ours - own).abs().max().item()
+    worst = gaps.abs().max().item()
     return "" if worst <= 1e-2 else f"its logits differ by {worst:.2g}"  # nan is never <=
+
+
+def tree_gaps(model, rows):
+    """What the rows' log-probs lose in a tree, where a token's place is not its position: there, an
+    attention that looks at places (ALiBi) fails."""
+    dialogues = [Dialogue(ids, [0] + [1] * (len(ids) - 1)) for ids in rows]
+    padded = token_logprobs(model, *pad_rows(rows, [d.mask for d in dialogues], model.device))
+    for by_runs in {False, sees_runs(model, len(rows[0]))}:
+        trees = grow_trees(rows, 99, sys.maxsize)
+        batch, forest = plant(trees, dialogues, model.device, by_runs)
+        yield (tree_logprobs(model, forest) - padded[batch]).flatten()
 
 
 def check_finite(logits):
@@ -446,7 +462,7 @@ def add_lora(model, rank, alpha, bf16=False):
     model.requires_grad_(False)
     for module in list(model.base_model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, (nn.Linear, Conv1D)) and not isinstance(module, LoRA):
+            if type(child) in (nn.Linear, Conv1D) and not isinstance(module, LoRA):
                 setattr(module, name, LoRA(child, rank, alpha, bf16))
 
 
@@ -513,13 +529,20 @@ class Chat:
         return list(self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False))
 
+    def _around_reply(self, *user):
+        """What the template puts in front of a reply and behind it, by two that differ: ids."""
+        one, other = (self._render("x", y, *user, reply_next=bool(user)) for y in ("1", "2"))
+        n_front, n_back = (len(os.path.commonprefix(pair)) for pair in (
+            [one, other], [one[::-1], other[::-1]]))
+        return one[:n_front], one[len(one) - n_back:]
+
     def _end_of_turn(self, ends):
-        """The special token that the template puts behind a reply: not eos in a Qwen base model."""
+        """The special token that the template puts behind a reply: not eos in a Qwen base model,
+        and not what, as in Phi-3, only ends the whole."""
         special = ends | set(self.tokenizer.all_special_ids)
-        closed = self._render("x", "y", reply_next=False)
-        opened = self._render("x", reply_next=True)  # by what no reply repeats, as <think>, too
-        n = len(os.path.commonprefix([closed, opened]))
-        return next((i for i in reversed(closed[n:]) if i in special), None)
+        (_, last), (_, inner) = self._around_reply(), self._around_reply("x")
+        shared = os.path.commonprefix([last, inner])
+        return next((i for i in shared[::-1] + last[::-1] if i in special), None)
 
     def _clean(self, text):
         """Special tokens inside a question or a teacher's text would open or close turns. Taking
@@ -541,17 +564,17 @@ class Chat:
         return [bos] * opens + self.encode(f"Question: {user}\nAnswer:")
 
     def later(self, user):
-        """What follows the end token of a reply: two renderings' difference, prefix asserted."""
+        """What follows the end token of a reply, in a rendering that begins as first() does."""
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
-        closed = self._render("x", "y", reply_next=False)
-        prefix = closed[:len(closed) - closed[::-1].index(self.end_id)]
-        longer = self._render("x", "y", user, reply_next=True)
-        if longer[:len(prefix)] != prefix:
+        front, behind = self._around_reply(user)
+        opened = self._render("x", reply_next=True)  # by what no reply repeats, as <think>, too
+        n = min(len(front), len(opened))
+        if front[:n] != opened[:n] or self.end_id not in behind:
             raise UserError("the chat template rewrites earlier turns, so a dialogue cannot grow "
                             "token by token; give the tokenizer a template that only appends")
-        return longer[len(prefix):]
+        return behind[behind.index(self.end_id) + 1:]
 
     def reply(self, text):
         """A teacher's reply as ids, with the end token."""
@@ -1925,11 +1948,11 @@ def check_lengths(model, chat, questions, tests, args):
 
 
 def n_asked(row):
-    return len(as_asked(row))
+    return len(as_asked(row).encode())  # bytes: of an emoji, each may be a token
 
 
 def n_taught(row):
-    return n_asked(row) + len(teacher_reply(row))
+    return n_asked(row) + len(teacher_reply(row).encode())
 
 
 def print_plan(args, model, questions, device):

@@ -261,6 +261,9 @@ def bad(tmp_path, models):
     write_jsonl(tmp_path / "twice.jsonl", [question("a"), question("a")])
     write_jsonl(tmp_path / "type.jsonl", [question("a", answer_type="essay")])
     write_jsonl(tmp_path / "long.jsonl", [question("a", question="word " * 3000)])
+    probes = [{"rule": "R1", "probe": "How?", "answer": "4", "answer_type": "number",
+               "rationale": "", "consistent": True}] * 2
+    write_jsonl(tmp_path / "two.jsonl", [{"ei": {}}, question("a", kept=True, probes=probes)])
     (tmp_path / "other").mkdir()
     write_jsonl(tmp_path / "other" / "good.jsonl", [question("a")])
     header, answers = {"evaluate": {}}, [row("a"), row("b")]
@@ -290,7 +293,8 @@ METRICS = ["step", "reward", "acc_full", "acc_partial", "bonus_share", "kl", "re
     ("--data {}/empty.jsonl", "no question in it"),
     ("--data {}/twice.jsonl", "twice.jsonl:2"),
     ("--data {}/type.jsonl", 'type.jsonl:1: unknown answer_type "essay"'),
-    ("--data {}/good.jsonl {}/other/good.jsonl", 'good: a occurs twice'),
+    ("--data {}/good.jsonl {}/other/good.jsonl", "two files are called good"),
+    ("--data {}/two.jsonl", "two: a/R1 occurs twice"),
     ("--data no-such-set", "no-such-set"),
     ("--data {}/long.jsonl --model GPT2", "the prompt of a has"),
     ("--data {}/good.jsonl --model {}/nowhere", "nowhere"),

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import GPTNeoConfig
+from transformers import GPTNeoConfig, MptConfig
 
 import exgrpo
 import tiny as maker
@@ -31,6 +31,16 @@ def assert_sampled_as_scored(model, dialogue, temperature):
     expected = own_logps(model, dialogue.ids, temperature)[torch.tensor(dialogue.mask[1:]).bool()]
     assert len(dialogue.logps) == len(expected)
     assert torch.allclose(torch.tensor(dialogue.logps), expected, atol=1e-4)
+
+
+def test_a_model_that_takes_a_trees_places_for_positions_is_refused(tmp_path, monkeypatch):
+    """ALiBi looks at how far apart two slots are: those of our cache are positions, those of a tree
+    are not. MPT was accepted, and its log-probs in training were wrong by 0.3."""
+    monkeypatch.setitem(maker.CONFIGS, "mpt", lambda **ids: MptConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=2048, **ids))
+    folder = maker.tiny_model_folder("mpt", tmp_path)
+    with pytest.raises(exgrpo.UserError, match="does not reproduce MptForCausalLM .*differ"):
+        exgrpo.load_model(folder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -353,7 +363,7 @@ def test_sampled_text_is_never_encoded_again(loaded, monkeypatch):
     monkeypatch.setattr(chat, "_render", lambda *turns, reply_next: seen.extend(turns) or render(
         *turns, reply_next=reply_next))
     dialogues, _ = exgrpo.converse(model, chat, [["Why?", "And then?", "So?"]], ARGS, generator())
-    assert set(seen) <= {"Why?", "And then?", "So?", "x", "y"}
+    assert set(seen) <= {"Why?", "And then?", "So?", "x", "1", "2"}
     survive = [chat.encode(chat.tokenizer.decode(ids)) == ids
                for d in dialogues for ids in d.replies]
     assert not all(survive), "the sample should hold ids that encode would not choose"

@@ -279,6 +279,10 @@ def test_a_checkpoint_or_warm_up_that_is_gone_or_cut(monkeypatch, capsys, tiny, 
     (run / "checkpoint.pt").unlink()
     fails(monkeypatch, capsys, *again, saying=["checkpoint.pt is gone", "put it back"])
     (run / "checkpoint.pt").write_bytes(whole)
+    table = (run / "run.json").read_text()
+    (run / "run.json").write_text(table[:9])
+    fails(monkeypatch, capsys, *again, saying=["run.json: not JSON"])
+    (run / "run.json").write_text(table)
     (run / "sft").rename(tmp_path / "sft")
     fails(monkeypatch, capsys, *again, saying=["sft, is gone", "put it back"])
     (tmp_path / "sft").rename(run / "sft")
@@ -322,6 +326,28 @@ def test_templates_of_their_own_kind(monkeypatch, capsys, tiny, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     fails(monkeypatch, capsys, "--student", tmp_path, *SMALL, "--out", tmp_path / "run",
           saying=["chat template", "a system turn is needed"])
+
+
+def test_templates_whose_last_turn_differs(tiny, loaded):
+    """Phi-3 ends the whole by eos, and each turn by another token: eos was taught as the end of a
+    reply, and dialogues were refused. Qwen3 puts an empty thought into the last reply only, and was
+    refused, too. Both only append."""
+    model, chat = loaded("llama")
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    own, (phi3_end,) = tokenizer.chat_template, tokenizer.encode("<|open|>")
+    later = chat.later("So?")
+    tokenizer.chat_template = own.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n"
+        "{% endif %}{{ m['content'] }}")
+    assert tokenizer.chat_template != own
+    qwen3 = exgrpo.Chat(tokenizer, model)
+    assert (qwen3.end_id, qwen3.later("So?")) == (chat.end_id, later)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<|open|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% else %}{{ eos_token }}{% endif %}")
+    phi3 = exgrpo.Chat(tokenizer, model)
+    assert phi3.end_id == phi3_end and set(phi3.stop_ids) == {phi3_end, tokenizer.eos_token_id}
+    assert tokenizer.decode(phi3.later("So?")) == "\nuser\nSo?<|open|>\nassistant\n"
 
 
 def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
@@ -477,6 +503,15 @@ def test_the_longest_question_is_not_hidden_behind_long_rationales(monkeypatch, 
              "--out", tmp_path / "run", "--probes"]
     fails(monkeypatch, capsys, *flags, write(tmp_path, HEADER, *rows),
           saying=["a dialogue that ends in 'why why", "2048"])
+
+
+def test_few_characters_of_many_tokens_are_counted_too(monkeypatch, capsys, tiny, tmp_path):
+    """Of the ten longest questions in characters, none may be the longest in tokens."""
+    rows = [ROW | {"id": str(i), "question": "why " * 200} for i in range(11)]
+    rows.append(ROW | {"question": "\N{MELON}" * 500})
+    fails(monkeypatch, capsys, "--student", tiny("gpt2"), *SMALL, "--turns", 1, "--out",
+          tmp_path / "run", "--max-new-tokens", 10, "--probes", write(tmp_path, HEADER, *rows),
+          saying=["that ends in '\N{MELON}", "2048"])
 
 
 def test_a_template_that_rewrites_history_is_refused_before_the_warm_up(monkeypatch, capsys, tiny,
