@@ -221,7 +221,10 @@ def parse_reply(text):
         letters = "".join(letter for letter, _ in OPTION.findall(probe))
         check(len(letters) > 1 and "ABCDEF".startswith(letters), "options are not (A), (B), ...")
         check(answer in letters, "ANSWER is no option")
-    return {"probe": probe, "rationale": rationale, "answer": answer, "answer_type": answer_type}
+    probe = {"probe": probe, "rationale": rationale, "answer": answer, "answer_type": answer_type}
+    check(reward.is_correct(exgrpo.teacher_reply(probe), answer, answer_type),
+          "REASONING states another answer")  # it would be taught
+    return probe
 
 
 def words(text):
@@ -246,7 +249,7 @@ def leaks(probe, row):
                 and gold in probe and gold not in question)
     if answer_type == "choice":  # the right option's words, and no other option's
         others = dict(OPTION.findall(question))
-        gold = others.pop(gold, "")
+        gold = others.pop(reward.extract_answer(f"The answer is {gold}.", "choice"), "")
         if any(contains(probe, other) for other in others.values()):
             return False
         question = question.partition("\n(A)")[0]
@@ -340,11 +343,12 @@ class Server:
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", 0)
                 reason = f"{type(error).__name__}: {error}"[:300]
-                if status == 400 and "context" in reason:
+                said = getattr(response, "text", "")  # SGLang's words the client leaves out
+                if status == 400 and "context" in f"{error} {said}":
                     return TOO_LONG
                 if 400 <= status < 500 and status not in (408, 429):
                     raise UserError(f"{self.client.model} refused a request: {reason}. "
-                                    + REFUSED.get(status, ""))
+                                    + REFUSED.get(status, f"It said: {said[:300]}"))
                 asked = response.headers.get("retry-after", "")[:5] if status else ""
                 delay = min(60, int(asked) if asked.isdecimal() else self.PAUSE * 2 ** attempt)
             with self.lock:
@@ -356,8 +360,8 @@ class Server:
         choice, usage = completion.choices[0], completion.usage
         reply = whole(choice.message.content or "", choice.finish_reason == "length")
         with self.lock:
-            self.counts.update({"requests": 1, "prompt tokens": usage.prompt_tokens if usage else 0,
-                                "new tokens": usage.completion_tokens if usage else 0})
+            self.counts.update({"requests": 1, "prompt tokens": usage and usage.prompt_tokens or 0,
+                                "new tokens": usage and usage.completion_tokens or 0})
         return reply
 
 
@@ -374,6 +378,9 @@ def right(reply, row):
     return not fault and reward.is_correct(text, row["answer"], row["answer_type"])
 
 
+CLOSING = re.compile(r"[\s*_#$]*The answer is[^\n]*\Z")  # the last line's, with its dressing
+
+
 def invert(teacher, rows, rules):
     """Asks the teacher for the probes of some questions -> their lines of D_EI, before Eq. 2.
 
@@ -383,7 +390,7 @@ def invert(teacher, rows, rules):
     bare = [line for line in lines if not line["rationale"].strip()]
     for line, reply in zip(bare, teacher([[as_asked(line)] for line in bare])):
         if right(reply, line):
-            line["rationale"] = reply[0].rpartition("The answer is")[0].strip() or reply[0]
+            line["rationale"] = CLOSING.sub("", reply[0].strip()) or reply[0]
         else:
             line["rejected"].append({"rule": "R_T", "reason": reply[1] or "wrong answer"})
     solved = [line for line in lines if not line["rejected"]]

@@ -58,6 +58,8 @@ def _statements(output, kind):
             end = start + len(CORRECTION.split(text, 1)[0])
             if kind in ("text", "choice"):                       # "Mr. Smith", "b. the dog"
                 text = rest.split("\n", 1)[0]
+            if kind == "choice":                                 # with the options listed behind
+                text += re.match(r"(?:\n[ *-]*\(?[A-F][).:].*)*", rest[len(text):])[0]
             if following and text == rest:                       # runs into the next statement
                 text = text[:-40] + LINKED.sub("", text[-40:])
                 if not text or following[0][0] == "\\" and _read(text, kind) is None:
@@ -92,7 +94,7 @@ UNIT = re.compile(
 NOT_A_UNIT = re.compile(                                         # but changes the number
     r"(?i)\b(?:and|or|nor|not?|never|false|wrong|incorrect|plus|minus|multiplied|divided|than|mod"
     r"|base|if|to|out|least|most|ish|squared|cubed|factorial|score|gross|hal(?:f|ves)"
-    r"|(?:hundred|thousand|[mbt]r?illion|lakh|crore|dozen|ten)s?|of [\dxyz]|\d ?(?:rd|st|nd|th)"
+    r"|(?:hundred|thousand|[mbt]r?illion|lakh|crore|dozen|ten)s?|of [\dxyz]|\d+ ?(?:rd|st|nd|th)"
     r"|(?<!\()(?<!ty-)(?:two|three|four|five|six|seven|eight|nine|eleven|twelve|fifteen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)|(?:point|over|root|remainder|below) (?=\w)"
     r"|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:th|d)s?)\b|n't")
@@ -113,7 +115,8 @@ CHOICE = re.compile(                                             # not the artic
     r"|even|possibly)\b\W*)+"
     r"(?:[A-F]\b|[a-f]\))|[^\w,&/;+]*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))"
     r"|\W*\([a-f]\)|(?:(?!\b(?:because|since|as|not|rather|unlike)\b)[^.!?;:])*?"    # (B) x, (C) y
-    r"(?:\b(?:and|n?or|versus|vs|plus)|[,&/]) *\([A-F]\)(?! (?:is|was)\b))")
+    r"(?:(?:\b(?:and|n?or|versus|vs|plus)|[,&/]) *(?:\([A-F]\)|[A-F][).:](?= ))(?! (?:is|was)\b)"
+    r"| \(?[B-F]\) \w))")
 DATES = "%m/%d/%Y %m-%d-%Y %Y/%m/%d %Y-%m-%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y".split()
 
 

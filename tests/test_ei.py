@@ -107,6 +107,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fault = 200
         if isinstance(fault, bytes):
             return self.send(200, fault)
+        if fault == "as SGLang":
+            return self.send(400, b'{"object": "error", "message": "longer than its context"}')
         if fault != 200:
             return self.send(fault, b'{"error": {"message": "the context window is 2048"}}'
                              if fault == 400 else b'{"error": "no"}')
@@ -200,6 +202,8 @@ def test_every_worked_example_is_parsed_graded_and_accepted():
     (GOOD + "\n\n" + GOOD, "unparsed: several PROBE lines"),
     ("ANSWER: 12\n" + GOOD[:-11], "unparsed: labels out of order"),
     (GOOD.replace("4 x 3 = 12.", ""), "unparsed: nothing behind a label"),
+    (GOOD.replace("= 12.", "= 12. The answer is 14."),
+     "unparsed: REASONING states another answer"),
     (GOOD.replace("number", "integer"), "unparsed: unknown TYPE"),
     (GOOD + "\nI hope this helps.", "unparsed: text after the ANSWER line"),
     (GOOD + " eggs, that is one dozen", "unparsed: ANSWER is not short"),
@@ -295,6 +299,8 @@ CHOICE_ROW = {"question": "Where do fish sleep?\n(A) in water\n(B) in trees\n(C)
     ("Do fish sleep in trees?", CHOICE_ROW, False),
     ("Which is wetter, in water or in bed?", CHOICE_ROW, False),
     ("The answer is A. Why?", CHOICE_ROW, True),
+    ("Why do fish sleep in water?", CHOICE_ROW | {"answer": "(A)"}, True),
+    ("Why do fish sleep in water?", CHOICE_ROW | {"answer": "a"}, True),
     ("Is yes a word?", {"question": "Is it?", "answer": "yes", "answer_type": "yesno"}, False),
     ("The answer is yes. Why?", {"question": "Is it?", "answer": "yes", "answer_type": "yesno"},
      True),
@@ -355,8 +361,11 @@ def test_a_cut_off_reply_passes_no_filter():
     assert probe["student_correct"] is False and not line["kept"]
 
 
-@pytest.mark.parametrize("text, rationale", [("5 times 3. The answer is 15.", "5 times 3."),
-                                             ("The answer is 16.", None), ("15", None)])
+@pytest.mark.parametrize("text, rationale", [
+    ("5 times 3. The answer is 15.", "5 times 3."),
+    ("5 times 3.\n\n**The answer is 15.**", "5 times 3."),  # its ** would be taught
+    ("**The answer is 15.** For it is\n5 times 3.", "**The answer is 15.** For it is\n5 times 3."),
+    ("The answer is 16.", None), ("15", None)])
 def test_a_missing_rationale_is_the_teachers_or_the_question_goes(text, rationale):
     calls = []
     teacher = stub_teacher(lambda turns: calls.append(turns) or (GOOD if len(calls) == 2 else text))
@@ -565,10 +574,11 @@ def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
     def body(content, reason="stop"):
         return json.dumps({"choices": [{"index": 0, "finish_reason": reason,
                                         "message": {"role": "assistant",
-                                                    "content": content}}]}).encode()
+                                                    "content": content}}],
+                           "usage": {"prompt_tokens": 7}}).encode()
     server.faults = [body("x" * 10_000_000), body(None), body(GOOD, "length"), 400,
                      body(GOOD.replace("4 hens", "4 hens \ud800")),
-                     body("<think>PROBE: no</think>DECLINE")]
+                     body("<think>PROBE: no</think>DECLINE"), "as SGLang"]
     path = tmp_path / "p.jsonl"
     code, _, err = run_ei(*flags(server, path), "--concurrency", "1", "--limit", "1")
     server.faults = []
@@ -576,7 +586,7 @@ def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
     assert code == 0 and line["declined"] == ["R6"], err
     assert [one["reason"] for one in line["rejected"]] == [
         "unparsed: longer than 10,000 characters", "unparsed: no PROBE line",
-        "unparsed: cut off by the token limit", "unparsed: prompt too long for the model"]
+        "unparsed: cut off by the token limit", *["unparsed: prompt too long for the model"] * 2]
     assert line["probes"][0]["probe"].startswith("4 hens ?")  # half a character cannot be stored
     assert server.options == {"model": "dummy", "max_tokens": 512, "temperature": 0, "seed": 0,
                               "stream": False}

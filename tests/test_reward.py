@@ -46,16 +46,18 @@ def test_table(kind):
 @pytest.mark.parametrize("kind, gold, paid, unpaid", [
     ("choice", "B",
      ["(B) dog", "(B), because (C) is wrong", "(B) dog, since (A) and (C) are cats",
-      "(B) a cat, not (C)", "(B). (A) is wrong and (C) too"],
+      "(B) a cat, not (C)", "(B). (A) is wrong and (C) too", "B.\n(C) is a cat", "\n(B) dog"],
      ["(B) is wrong", "B) is wrong", "**B** is wrong", "(B) isn't right", "B, which is not true",
+      "B) dog and C) cat", "(B) dog (C) cat", "\n(B) dog\n(C) cat", "B\n- C) cat\n- D) cow",
       "B was wrong", "B cannot be right", "(B) dog and (C) cat", "(B) dog or (C) cat",
       "(B) dog, (C) cat", "B together with C", "B versus C", "B, or maybe even C"]),
     ("number", "8",
-     ["8 points", "8 left over", "8 (eight)", "8 dollars per week"],
+     ["8 points", "8 sides", "8 left over", "8 (eight)", "8 dollars per week"],
      ["8 over two", "8 times two", "8 remainder three", "8 point five", "8, six",
-      "8 feet six inches", "8 dollars fifty", "8 lakh", "8 below zero", "8 root two"])])
+      "8 feet six inches", "8 dollars fifty", "8 lakh", "8 below zero", "8 root two"]),
+    ("number", "18", ["18 feet"], ["18th", "18th grade", "18 th"])])
 def test_more_than_the_answer_is_not_paid(kind, gold, paid, unpaid):
-    """A second option behind the first one's words, a denial behind a bracket, number words that
+    """A second option behind the first one's words, all options listed, an ordinal, a denial behind a bracket, number words that
     would pass for a unit: forms that a policy could learn, found by a reader of reward.py."""
     assert [x for x in paid if not is_correct(f"The answer is {x}.", gold, kind)] == []
     assert [x for x in unpaid if is_correct(f"The answer is {x}.", gold, kind)] == []
