@@ -511,7 +511,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer, model):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.n_known = tokenizer, model.get_input_embeddings().num_embeddings
         ends = model.generation_config.eos_token_id  # one id, a list or None
         ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         self.plain = tokenizer.chat_template is None
@@ -523,11 +523,17 @@ class Chat:
         added = tokenizer.added_tokens_decoder.items()
         self.special = {str(token) for i, token in added if token.special or i in self.stop_ids}
 
+    def _known(self, ids):
+        if max(ids, default=0) >= self.n_known:
+            raise UserError(f"the tokenizer makes {self.tokenizer.decode(max(ids))!r} a token, for "
+                            "which the model has no embedding: resize it (resize_token_embeddings)")
+        return ids
+
     def _render(self, *turns, reply_next):
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        return list(self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False))
+        return self._known(list(self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False)))
 
     def _around_reply(self, *user):
         """What the template puts in front of a reply and behind it, by two that differ: ids."""
@@ -553,7 +559,7 @@ class Chat:
         return text
 
     def encode(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._known(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def first(self, user):
         user = self._clean(user)

@@ -350,6 +350,23 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     assert tokenizer.decode(phi3.later("So?")) == "\nuser\nSo?<|open|>\nassistant\n"
 
 
+def test_a_token_without_an_embedding_is_named(monkeypatch, capsys, tiny, tmp_path):
+    """A tokenizer with words added, beside a model that was not resized: an IndexError in the
+    warm-up, on a GPU an assert. Such words that are not used do no harm."""
+    for name in os.listdir(tiny("llama")):
+        shutil.copy(os.path.join(tiny("llama"), name), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["unused"])
+    tokenizer.save_pretrained(tmp_path)
+    flags = ["--student", tmp_path, *SMALL, "--sft-epochs", 0, "--steps", 0, "--out"]
+    call(monkeypatch, *flags, tmp_path / "run")
+    tokenizer.add_tokens(["melons"])
+    tokenizer.save_pretrained(tmp_path)
+    rows = [ROW | {"question": "How many melons?"}]
+    fails(monkeypatch, capsys, *flags, tmp_path / "run2", "--turns", 1, "--probes",
+          write(tmp_path, HEADER, *rows), saying=["'melons'", "no embedding", "resize"])
+
+
 def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
     """Files of questions may take minutes: we leave after the one under way, and ask them again."""
     for name in ("a", "b"):
