@@ -213,7 +213,8 @@ def parse_reply(text):
     answer_type = re.sub(r"\W", "", answer_type.lower())  # "Yes/No" is yesno
     check(answer_type in ("number", "yesno", "choice", "text"), "unknown TYPE")
     check("\n" not in answer, "text after the ANSWER line")
-    check(len(answer) <= 60 and len(answer.split()) <= 5, "ANSWER is not short")
+    check(answer_type == "choice" or len(answer) <= 60 and len(answer.split()) <= 5,
+          "ANSWER is not short")  # of a choice, the letter is kept
     plain = reward.extract_answer(f"The answer is {answer.rstrip('.')}.", answer_type)
     check(plain, f"ANSWER does not fit TYPE {answer_type}")
     answer = plain if answer_type != "text" else answer.rstrip(".")  # keeps its capitals

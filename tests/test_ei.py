@@ -195,6 +195,8 @@ def test_every_worked_example_is_parsed_graded_and_accepted():
     (GOOD.replace("12", "12 eggs"), None),
     ("PROBE: Warm?\nREASONING: It is.\nTYPE: Yes/No\nANSWER: Yes", None),
     ("PROBE: Which?\n(A) x\n(B) y\nREASONING: x.\nTYPE: choice\nANSWER: (A) x", None),
+    ("PROBE: Which?\n(A) x of two or three words\n(B) y\nREASONING: x.\nTYPE: choice\n"
+     "ANSWER: (A) x of two or three words", None),
     ("DECLINE", "declined"), ("**DECLINE**", "declined"),
     ("DECLINED: no premise to change", "declined"),
     ("", "unparsed: no PROBE line"), ("The answer is 15.", "unparsed: no PROBE line"),
