@@ -57,8 +57,9 @@ def test_table(kind):
       "8 feet six inches", "8 dollars fifty", "8 lakh", "8 below zero", "8 root two"]),
     ("number", "18", ["18 feet"], ["18th", "18th grade", "18 th"])])
 def test_more_than_the_answer_is_not_paid(kind, gold, paid, unpaid):
-    """A second option behind the first one's words, all options listed, an ordinal, a denial behind a bracket, number words that
-    would pass for a unit: forms that a policy could learn, found by a reader of reward.py."""
+    """A second option behind the first one's words, all options listed, an ordinal, a denial behind
+    a bracket, number words that would pass for a unit: forms that a policy could learn, found by
+    readers of reward.py."""
     assert [x for x in paid if not is_correct(f"The answer is {x}.", gold, kind)] == []
     assert [x for x in unpaid if is_correct(f"The answer is {x}.", gold, kind)] == []
 
