@@ -536,11 +536,12 @@ class Chat:
             messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False)))
 
     def _around_reply(self, *user):
-        """What the template puts in front of a reply and behind it, by two that differ: ids."""
+        """What the template puts in front of a reply and behind it, by two that differ: ids. It
+        may leave replies out (as those that want lists): then, nothing is behind."""
         one, other = (self._render("x", y, *user, reply_next=bool(user)) for y in ("1", "2"))
         n_front, n_back = (len(os.path.commonprefix(pair)) for pair in (
             [one, other], [one[::-1], other[::-1]]))
-        return one[:n_front], one[len(one) - n_back:]
+        return one[:n_front], one[len(one) - n_back:] if one != other else []
 
     def _end_of_turn(self, ends):
         """The special token that the template puts behind a reply: not eos in a Qwen base model,
@@ -570,14 +571,15 @@ class Chat:
         return [bos] * opens + self.encode(f"Question: {user}\nAnswer:")
 
     def later(self, user):
-        """What follows the end token of a reply, in a rendering that begins as first() does."""
+        """What follows the end token of a reply, where what is in front of it is as first() gives
+        it (but for openers as <think>, which no finished reply has), or as in a last turn."""
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
-        front, behind = self._around_reply(user)
-        opened = self._render("x", reply_next=True)  # by what no reply repeats, as <think>, too
+        (front, behind), (last, _) = self._around_reply(user), self._around_reply()
+        opened = self._render("x", reply_next=True)
         n = min(len(front), len(opened))
-        if front[:n] != opened[:n] or self.end_id not in behind:
+        if self.end_id not in behind or front != last and front[:n] != opened[:n]:
             raise UserError("the chat template rewrites earlier turns, so a dialogue cannot grow "
                             "token by token; give the tokenizer a template that only appends")
         return behind[behind.index(self.end_id) + 1:]

@@ -331,7 +331,8 @@ def test_templates_of_their_own_kind(monkeypatch, capsys, tiny, tmp_path):
 def test_templates_whose_last_turn_differs(tiny, loaded):
     """Phi-3 ends the whole by eos, and each turn by another token: eos was taught as the end of a
     reply, and dialogues were refused. Qwen3 puts an empty thought into the last reply only, and was
-    refused, too. Both only append."""
+    refused, too. Both only append. So does Nemotron 3, which opens a reply by <think> and a new
+    line, and puts an empty thought without one into every finished reply."""
     model, chat = loaded("llama")
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     own, (phi3_end,) = tokenizer.chat_template, tokenizer.encode("<|open|>")
@@ -342,6 +343,12 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     assert tokenizer.chat_template != own
     qwen3 = exgrpo.Chat(tokenizer, model)
     assert (qwen3.end_id, qwen3.later("So?")) == (chat.end_id, later)
+    tokenizer.chat_template = own.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ m['content'] }}").replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    nemotron = exgrpo.Chat(tokenizer, model)
+    assert nemotron.end_id == chat.end_id
+    assert nemotron.later("So?") == later + chat.encode("<think>\n")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<|open|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant\n{% else %}{{ eos_token }}{% endif %}")
