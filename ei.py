@@ -514,10 +514,11 @@ def difference(first, header):
 
 
 def skip_finished(path, questions, batch):
-    """Moves the iterator past the questions in the file, which must be the same, in order.
+    """The number of questions in the file, which must be the iterator's first, and the questions
+    that are to be asked.
 
-    Returns their number, and those of a batch that was cut: they are asked again with the rest of
-    it, because a model's reply may depend, in its last digits, on what is beside it in a batch.
+    Where some are left, a batch that was cut is asked again with the rest of it, because a model's
+    reply may depend, in its last digits, on what is beside it in a batch.
     """
     finished, again = 0, []
     for where, line in itertools.islice(exgrpo.read_jsonl(path), 1, None):
@@ -529,7 +530,8 @@ def skip_finished(path, questions, batch):
                             f"{row['id']!r}: the data has changed; name another --out")
         finished += 1
         again = again + [row] if finished % batch else []
-    return finished, again
+    left = list(itertools.islice(questions, 1))
+    return finished, itertools.chain(again if left else [], left, questions)
 
 
 VERDICTS = ["no reasoning", "no probe left", "too hard", "too easy", "kept"]
@@ -806,14 +808,12 @@ def main():
         remote = args.teacher.startswith(("http://", "https://"))
         teacher = Server(args) if remote else LocalModel(args.teacher, args)
         questions = itertools.chain(first, questions)
-        finished, again = skip_finished(args.out, questions, teacher.batch)
+        finished, questions = skip_finished(args.out, questions, teacher.batch)
         student = LocalModel(args.student, args) if args.student else None
         print(f"teacher  {args.teacher}: {teacher.about}\n"
               f"student  {args.student}: {student.about if student else 'Eq. 2 is skipped'}\n"
               f"data     {args.data}, {args.split}; {len(args.rules)} rules\n"
               f"output   {args.out}, {finished:,} questions in it", flush=True)
-        left = list(itertools.islice(questions, 1))
-        questions = itertools.chain(again if left else [], left, questions)
         make(teacher, student, questions, file, header, finished, args)
     n_kept = report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())

@@ -379,8 +379,8 @@ def tree_gaps(model, rows):
     attention that looks at places (ALiBi) fails."""
     dialogues = [Dialogue(ids, [0] + [1] * (len(ids) - 1)) for ids in rows]
     padded = token_logprobs(model, *pad_rows(rows, [d.mask for d in dialogues], model.device))
+    trees = grow_trees(rows, 99, sys.maxsize)
     for by_runs in {False, sees_runs(model, len(rows[0]))}:
-        trees = grow_trees(rows, 99, sys.maxsize)
         batch, forest = plant(trees, dialogues, model.device, by_runs)
         yield (tree_logprobs(model, forest) - padded[batch]).flatten()
 
@@ -576,10 +576,10 @@ class Chat:
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
-        (front, behind), (last, _) = self._around_reply(user), self._around_reply()
-        opened = self._render("x", reply_next=True)
+        (front, behind), opened = self._around_reply(user), self._render("x", reply_next=True)
         n = min(len(front), len(opened))
-        if self.end_id not in behind or front != last and front[:n] != opened[:n]:
+        if self.end_id not in behind or (
+                front[:n] != opened[:n] and front != self._around_reply()[0]):
             raise UserError("the chat template rewrites earlier turns, so a dialogue cannot grow "
                             "token by token; give the tokenizer a template that only appends")
         return behind[behind.index(self.end_id) + 1:]
