@@ -1,10 +1,8 @@
-"""What is right, and what it earns: answer extraction and matching, and Eqs. 4 to 6.
+"""What is right, and what it earns: answer extraction and matching, and the rewards.
 
-A student ends with "The answer is X." or \\boxed{X}. The last such statement counts; without one
-there is no credit, and nothing is guessed from the rest of the text. In doubt the strict reading
-wins: a policy finds and exploits a wrong answer that is paid, so that is the worst bug here.
-Literals are compared as exact fractions, Python evaluates nothing, and every regular expression
-is linear in its input, so that no output can hang, crash or fool the grader.
+A student ends with "The answer is X." or \\boxed{X}. The last such statement counts. Without one
+there is no credit, and none where a "wait" or an "or" follows it: in doubt the strict reading wins,
+since a policy finds and exploits a wrong answer that is paid. Python evaluates nothing here.
 """
 import operator
 import random
@@ -15,109 +13,121 @@ from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from itertools import accumulate
 
-INSTRUCTION = {answer_type: f'End with the sentence "The answer is X", where X is {what}.'
-               for answer_type, what in [("number", "one number"), ("text", "a few words"),
-                                         ("math", "a number or formula in LaTeX"),
-                                         ("choice", "the letter of one option"),
-                                         ("yesno", "yes or no")]}
+WHAT = {"number": "one number", "text": "a few words", "math": "a number or formula in LaTeX",
+        "choice": "the letter of one option", "yesno": "yes or no"}
+INSTRUCTION = {kind: f'End with the sentence "The answer is X", where X is {what}.'
+               for kind, what in WHAT.items()}
 ANSWER_TYPES = tuple(INSTRUCTION)
 
 # ---- 1. Where does the output state its answer? ----
-
 MARKER = re.compile(r"\\(?:boxed|fbox)\s*\{|####|(?:answer|Answer|ANSWER)[\s*_]*"
                     r"(?::|(?i:is\b(?!\s+correct\b)|is(?=n['’]?t\b)))")
-LEAD = re.compile(r"[\s:*_$]*(?:(?:\\[\[(]|(?i:final answer\b))[\s:*_$]*)*")      # dressing
+SPECIAL = re.compile(r"<[|｜][^<>\n]{1,30}[|｜]>|</\w{1,20}>|<(?:[a-z_]{2,20}|[bs])/?>")  # </s>
+LEAD = re.compile(r"[\s:*_$`]*(?:(?:\\[\[(]|,? ?\b(?:(?i:final answer)|therefore|thus|hence|then"
+                  r"|exactly|equal to)\b,?)[\s:*_$`]*)*")        # dressing
+HEADING = re.compile(r"(?:\(?\w{1,3}[.):] *)?(?!(?:Yes|No|True|False)[^\w ])[A-Z][a-z]+.*\n\s*\S")
+ITEM = re.compile(r"[–—] |(?<=\n)(?:[-•] (?![*$]*\\f?box)|\(?\d{1,3}[.)] +[A-Za-z])")    # of a list
+FORMULA = r"(?!\W*[A-F]\b|.*(?:\([A-Fa-f]\)|\b(?i:or|yes|not?|true|false)\b)).*(?:[\d<>=]|\\[^tm])"
+DENIED = re.compile(r"(?i)(?:\b(?:not|never|cannot|than)|n['’]t)(?: be)?[\s*_$]*$|[-−–<>≤≥≠]\$?$")
 SENTENCE = re.compile(r"(?<!\.\.)\.(?=[\s*_\"'”’$)A-Z]|\\[])]|$)|!(?=\s+[A-Z]|\s*$)|(?<!\\\\)\n")
-CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|incorrect|wrong)\b|[^\w\s]\s*"
-                        r"(?:no|but|so|then|however|rather|because|since|which|oops|hmm)\b")
-LINKS = {"or", "and", "the", "final", "correct", "text", "quad"}
+CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|wrong)\b|[^\w\s]\s*(?:no|but|so|then|hmm)\b")
+WITHDRAWN = re.compile(r"(?i)^\W{0,9}(?:or|but|however)\b|^[$\s]*(?:,|and\b)[$\s]*\d|[.!?\n]\W{0,9}"
+    r"(?:but )?(?:(?:wait|actually|oops|hmm|sorry|correction|hold on|scratch that)\b|no, (?:it|\d)"
+    r"|(?:it|this|that) ?(?:(?:['’]s|is) (?:wrong|incorrect|false|not [rc]\w+)|could|might)\b)")
+BESIDE = re.compile(r"(?i)[\W_]*(?:\b(?:or|and|the|final|correct|quad)\b[\W_]*)*|[^.!?\n]*\bor\W*")
 LINKED = re.compile(r"(?i)(?:\W*\b(?:or|and|the|final|correct))*\W*$")
-BRACE = re.compile(r"\\.|[{}]", re.S)
 LONGEST = 6_000                                                  # characters of an answer
 
 
 def _statements(output, kind):
     """The texts of the last statement and of those side by side with it; unfinished: ""."""
+    output = SPECIAL.sub("\n", output)
     texts, end, marks = [], 0, list(MARKER.finditer(output))[-9:]
     for mark, following in zip(marks, marks[1:] + [None]):
         if mark.start() < end:                                   # inside the box before it
             continue
-        gap = output[end:mark.start()].lower() if texts else ""
-        if (any(word[0] not in LINKS for word in re.finditer(r"[^\W_]+", gap))
-                and not re.fullmatch(r"[^.!?\n]{0,200}\bor\W*", gap)):
+        start = LEAD.match(output, mark.end()).end()
+        if (HEADING if mark[0] == "####" else ITEM).match(output, start):
+            continue                                             # a section opens
+        if texts and not BESIDE.fullmatch(output, end, mark.start()):
             texts = []                                           # words in between: a correction
         if mark[0][0] == "\\":                                   # up to the brace that closes it
-            braces = [*BRACE.finditer(output, mark.end(), mark.end() + LONGEST)]
+            braces = [*re.finditer(r"\\.|[{}]", output[mark.end():mark.end() + LONGEST], re.S)]
             depths = accumulate((hit[0] == "{") - (hit[0] == "}") for hit in braces)
-            end = next((hit.end() for hit, depth in zip(braces, depths) if depth < 0), mark.end())
-            text = output[mark.end():end][:-1]
+            end = mark.end() + next((hit.end() for hit, n in zip(braces, depths) if n < 0), 0)
+            denied = DENIED.search(output, max(0, mark.start() - 30), mark.start())
+            text, after = "" if denied else output[mark.end():end][:-1], end
+            if kind in ("choice", "yesno") and re.match(FORMULA, text):
+                continue                                         # "$\boxed{24 > 23}$, so yes"
         else:
-            start = LEAD.match(output, mark.end()).end()
             rest = output[start:following.start() if following else None][:LONGEST]
             text = SENTENCE.split(rest, 1)[0]
-            end = start + len(CORRECTION.split(text, 1)[0])
-            if kind in ("text", "choice"):                       # "Mr. Smith", "b. the dog"
-                text = rest.split("\n", 1)[0]
-            if kind == "choice":                                 # with the options listed behind
-                text += re.match(r"(?:\n[ *-]*\(?[A-F][).:].*)*", rest[len(text):])[0]
+            end, after = start + len(CORRECTION.split(text, 1)[0]), start + len(text)
+            if kind in ("text", "choice"):                       # "b. the dog", options behind it
+                text = re.match(r".*(?:\n[ *-]*\(?[A-F][).:].*)*", rest)[0].replace("\n", " | ")
             if following and text == rest:                       # runs into the next statement
                 text = text[:-40] + LINKED.sub("", text[-40:])
                 if not text or following[0][0] == "\\" and _read(text, kind) is None:
                     continue                                     # "The answer is x = \boxed{5}"
         texts.append(text if len(text) < LONGEST else "")
-    return texts
+    return [""] if texts and WITHDRAWN.search(output[after:after + 2000]) else texts
 
 
 # ---- 2. What does a statement's text answer? ----
-
-CHARACTERS = str.maketrans("−×·‘’“”`€£¥₹¢", "-**''\"\"      ") | {
+CHARACTERS = str.maketrans("−–—‐‑﹣－⁄∕×·‘’ʼ“”`€£¥₹₩¢", "-------//**'''\"\"\"      ") | {
     ord("²"): "^2", ord("³"): "^3", ord("°"): r"^\circ ", ord("º"): r"^\circ "}
-COMMANDS = dict(zip(
-    "le leq leqslant lt ge geq geqslant gt ne neq times cdot div pm cup in infty pi sqrt frac "
-    "dfrac tfrac cfrac alpha beta theta lambda lbrace rbrace left right big Big quad qquad"
-    .split() + ["displaystyle"], "≤≤≤<≥≥≥>≠≠**÷±∪∈∞π√ƒƒƒƒαβθλ{}       "))
+COMMANDS = dict(zip("le leq leqslant lt ge geq geqslant gt ne neq times cdot div pm cup bigcup in "
+    "infty pi sqrt frac dfrac tfrac cfrac binom dbinom tbinom emptyset varnothing Omega alpha beta "
+    "theta lambda mid vert lvert rvert colon lbrace rbrace".split(),
+    "≤≤≤<≥≥≥>≠≠**÷±∪∪∈∞π√ƒƒƒƒ∁∁∁∅∅Ωαβθλ||||:{}"))
 REWRITE = [(re.compile(pattern, re.A), new) for pattern, new in [
-    (r"\\\\(?: ?\[[\d.]+[a-z]+\])?", "⌉,⌈"), (r"&", ","),         # a matrix: rows of cells
-    (r"\\begin ?\{[pb]?matrix\}", "⌈⌈"), (r"(?:⌉,⌈)? ?\\end ?\{[pb]?matrix\}", "⌉⌉"),
+    (r"[,;]?\$?,? \(?(?:because|since|where|which|that is)\b(?!.{0,99}\b(?:or|not|wrong)\b).*", ""),
+    (r"^ ?\{([^{}]*)\} ?$", r"\1"), (r"\\\{ ?\\\}", "∅"), (r"&", ","), (r"<=", "≤"), (r">=", "≥"),
+    (r"\\\\(?: ?\[[\d.]+[a-z]+\])?|\\cr\b", "⌉,⌈"),               # a matrix: rows of cells
+    (r"\\begin ?\{(?:[pb]?matrix|array)\}(?: ?\{[clr]+\})?", "⌈⌈"),
+    (r"(?:⌉,⌈)? ?\\end ?\{(?:[pb]?matrix|array)\}", "⌉⌉"),
     (r"\{,\}|,\\! ?", ","), (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""),       # 1{,}234 and 1\,234
-    (r"(?:\^ ?\{? ?\\circ ?\}?|\\degree) ?(?:[CF]\b)?|\\?[%$]|\\[()\[\]]", " "),
-    (r"\\[,;:! ]|(?<=\w)~|(?<=\{)~(?=[A-Za-z])|\*\*(?!\w)|(?<!\w)\*\*", " "),
-    (r"\\([A-Za-z]+) ?", lambda hit: COMMANDS.get(hit[1], hit[0])), (r"\\([{}])", r"\1"),
-    (r"\*\*", "^"), (r"<=", "≤"), (r">=", "≥"), (r"([_^]) ?\{ ?(\w|\d+) ?\}", r"\1\2 "),
-    (r"(?<![\\A-Za-z])sqrt", "√"), (r"(?<![\\A-Za-z])pi(?![a-z])", "π"),
-    (r"([√ƒ]) ?(\d)", r"\1{\2}"), (r"(ƒ ?\{[^{}]*\}) ?(\d)", r"\1{\2}")]]       # \frac12
-WRAP = re.compile(r"\\(?:text|math|bold|operatorname|[mf]?box)[a-z]* ?\{([^{}]*)\}")
-UNIT = re.compile(
-    r"(?:(?<=[\w)\]}∞])[ ,(-]*\\(?:text|mbox|mathrm)[a-z]* ?\{(?! ?(?:and|or|[ied]) ?\})[^{}]*\}"
-    r"|(?<=[\d)\]}π])[ ,(-]*(?:[A-Za-z]{4,}|[ckm]m|[km]g|m[lL]|in|ft|mi|lbs?|hrs?|min|day)\b)"
-    r"(?: ?\^ ?\{?-?\d\}?|[ ,/().'*-]*(?:\\text ?\{[^{}]*\}|(?!and\b|or\b)[A-Za-z]+))*")
-NOT_A_UNIT = re.compile(                                         # but changes the number
-    r"(?i)\b(?:and|or|nor|not?|never|false|wrong|incorrect|plus|minus|multiplied|divided|than|mod"
-    r"|base|if|to|out|least|most|ish|squared|cubed|factorial|score|gross|hal(?:f|ves)"
-    r"|(?:hundred|thousand|[mbt]r?illion|lakh|crore|dozen|ten)s?|of [\dxyz]|\d+ ?(?:rd|st|nd|th)"
-    r"|(?<!\()(?<!ty-)(?:two|three|four|five|six|seven|eight|nine|eleven|twelve|fifteen"
-    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)|(?:point|over|root|remainder|below) (?=\w)"
-    r"|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:th|d)s?)\b|n't")
+    (r"(?:\^ ?\{? ?\\circ ?\}?|\\degree) ?(?:[CF]\b)?|\b[A-Z]{1,2}(?=\$\d)|\\?[%$]|\\[][()]", " "),
+    (r"\\[,;:! ]|(?<=\w)~|(?<=\{)~(?=[A-Za-z])|\*\*(?!\w)|(?<!\w)\*\*", " "), (r"\*\*", "^"),
+    (r"(?:\\|(?<![\\A-Za-z]))((?:arc)?(?:sin|cos|tan|sec|csc|cot)h?|ln|log)(?![a-z])", r"\\\1∘"),
+    (r"\\(?:left|right|[bB]ig[lr]?|q?quad|therefore|large|displaystyle|mathbb)(?![a-z]) ?", " "),
+    (r"\\([A-Za-z]+)(?!∘) ?", lambda hit: COMMANDS.get(hit[1], hit[0])), (r"\\([{}])", r"\1"),
+    (r"(?<![\\A-Za-z])sqrt", "√"), (r"(?<![\\A-Za-z])pi(?![a-z])", "π"), (r"\\exp", "e^"),
+    (r"([_^]) ?\{ ?(\w|-?\d+) ?\}", r"\1\2 "), (r"([√ƒ∁]|√\[\w\]) ?(\w|π)", r"\1{\2}"),   # \frac12
+    (r"([ƒ∁] ?\{[^{}]*\}) ?(\w|π)", r"\1{\2}"), (r"^([^,±]*)±([^,±]*)$", r"\1+\2,\1-\2")]]
+WRAP = re.compile(r"\\(?:text|math|bold|operatorname|underline|[hmf]?box)[a-z]* ?\{([^{}]*)\}")
+UNIT = re.compile(r"(?:(?<=[\d)\]π∞])|(?<=[\dπ)}]\}))[ (-]*(?:\\(?:text|mbox|mathrm)[a-z]* ?\{"
+    r"(?! ?(?:and|or|[ied]) ?\})[^{}]*\}|(?:[A-Za-z]{4,}|[ckm]m|[km]g|m[lL]|in|ft|mi|lbs?|hrs?|min"
+    r"|day|(?<= )[mgsLh])\b)(?: ?\^ ?\{?-?\d\}?|[ /().'*-]*(?:\\(?:text|mathrm) ?\{[^{}]*\}"
+    r"|(?!and\b|or\b)[A-Za-z]+))*")
+NOT_A_UNIT = re.compile(r"(?i)\b(?:and|or|nor|not?|never|false|wrong|incorrect|plus|minus|divided"
+    r"|multiplied|than|mod|base|if|unless|to|too|out|least|most|minimum|approx\w*|roughly|nearly"
+    r"|maybe|perhaps|might|may|could|so|ish|squared|cubed|factorial|score|grand|gross|bn|mil"
+    r"|th|hal(?:f|ves)|of [\dxyz]|(?:point|over|root|remainder|below) (?=\w)|(?:hundred|thousand"
+    r"|dozen|[mbt]r?illion|lakh|crore)(?:th)?s?|(?<!\()(?<!ty-)(?:two|th(?:ree|ir)|fou?r|fi[vf]e?"
+    r"|six|seven|eight?|nine?|ten|eleven|twelv?f?e?|twen)(?:ty|teen)?(?:th|d)?s?)\b|n't"
+    r"|doubled|\d ?(?:bn|mil|st|nd|rd|th)\b")                            # they change the number
 INT = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|\d+)"
 LITERAL = (rf"[+-]? ?(?:(?:\d+ )?{INT}/[+-]?(?=[\d,]*[1-9]){INT}|(?:{INT}(?:\.\d*)?|\.\d+)"
            r"(?:[eE][+-]?\d{1,3}(?!\d))?)")
 FRAC = re.compile(rf" ?ƒ\{{([+-]?{INT})\}}\{{([+-]?{INT})\}}", re.A)
-NUMBER = re.compile(                                             # [x =] [currency] literal [unit]
-    r"(?:(?:[^<>≤≥≠!~:,;]|,(?=\d))*= ?)?(?:(?:USD?|EUR) ?)?"
-    rf"({LITERAL})(?![ /(-]*[bcefijknopqruvwxyzBKMX]\b|a\b|[abcxyz]{{2,3}}\b|[/-]$|!|\.\.)"
-    r"(?:[A-Za-zÀ-ɏµ .,;:'\"/()!?-]|(?:(?<=[A-Za-z])\^\{?-?\d\}?|(?<=[mt])[23])(?![\d.,]))*", re.A)
-CHOICE = re.compile(                                             # not the article A, not B or C
-    r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter):? )[\"'(\[{]*)?(?:(?<=\()([A-Fa-f])"
-    r"(?=\))|([B-F]|A(?! (?!because|since|as\b|is\b)\w))|([a-f])(?=\W*$|[.!] [A-Z]))"
-    r"(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w|[\"')\]}*_$]*,?(?: which)? "
-    r"(?:(?:is|was)(?:n't| not| wrong| incorrect| false)|can(?:'t|not)))(?!\W*"
-    r"(?:\b(?:and|n?or|to|through|plus|also|with|together|versus|vs|as|well|option|choice|maybe"
-    r"|even|possibly)\b\W*)+"
-    r"(?:[A-F]\b|[a-f]\))|[^\w,&/;+]*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))"
-    r"|\W*\([a-f]\)|(?:(?!\b(?:because|since|as|not|rather|unlike)\b)[^.!?;:])*?"    # (B) x, (C) y
-    r"(?:(?:\b(?:and|n?or|versus|vs|plus)|[,&/]) *(?:\([A-F]\)|[A-F][).:](?= ))(?! (?:is|was)\b)"
-    r"| \(?[B-F]\) \w))")
-DATES = "%m/%d/%Y %m-%d-%Y %Y/%m/%d %Y-%m-%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y".split()
+NUMBER = re.compile(r"(?:(?:[^<>≤≥≠!~:,;]|,(?=\d))*= ?)?(?:(?:USD?|EUR|GBP|CAD|INR|JPY|CNY|Rs) ?)?"
+    rf"({LITERAL})(?![ /(-]*[bcefijknopqruvwxyzBKMX]\b|a\b|[abcxyz]{{2,3}}\b|[/-]$|!|\.\.|\. \w)"
+    r"(?:[A-Za-zÀ-ɏµμΩ .,;:'\"/()!?-]|(?<=[A-Za-zΩ])\*(?=[A-Za-z])|(?:(?<=[A-Za-z])\^\{?-?\d\}?"
+    r"|(?<=[mt])[23])(?![\d.,]))*", re.A)                        # [x =] [currency] literal [unit]
+CHOICE = re.compile(r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter):? )[\"'(\[{]*)?(?:"
+    r"(?<=\()([A-Fa-f])(?=\))|([B-F]|A(?! (?!because|since|as\b|is\b)\w))|([a-f])(?=\W*$|[.!] "
+    r"[A-Z]))(?![\w+#^-]|'\w|\.\w\b| ?=|\? *\w|[\"')\]}*_$]*,?(?: which)? (?:(?:is|was)(?:n't| not"
+    r"| wrong| incorrect| false)|can(?:'t|not))|\W*(?:\b(?:and|n?or|to|through|plus|also|with"
+    r"|together|versus|vs|as|well|option|choice|maybe|even|possibly)\b\W*)+(?:[A-F]\b|[a-f]\))"
+    r"|[^\w,&/;+]*[,&/;+]\W*[B-F]\b|\W*[A-F]\b(?=\W*(?:$|[A-F]\b))|\W*\([a-f]\)"
+    r"|[^|]*\| \W*[B-F][).:] (?!is\b|was\b)|(?:(?!\b(?:because|since|as|not|rather"
+    r"|unlike)\b)[^.!?;:])*?(?: \(?[B-F]\) \w|(?:\b(?:and|n?or|versus|vs|plus)|[,&/]) *(?:\([A-F]\)"
+    r"|[A-F][).:](?= ))(?! (?:is|was)\b)))")                     # not the article A, not B or C
+DATES = "%m_%d_%Y %Y_%m_%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y %Y_%B_%d".split()
+NO_DATE = re.compile(r"^on | of |\b(?:mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?"
+    r"\b|(?<=sep)t\b|(?<=\d)(?:st|nd|rd|th)\b|\(mm/dd/yyyy\)|[-/,()]|\.(?!\d)"    # Sept. 3rd, 2020
+    r"|\b(?:because|since|which|as)\b(?!.{0,99}(?:\d|\b(?:or|not|wrong)\b)).*")
 
 
 def _read(text, kind):
@@ -131,29 +141,25 @@ def _read(text, kind):
         text = WRAP.sub(r" \1 ", text)
     text = " ".join(text.split()).strip(' *_"$')
     if kind == "text":
-        text = re.sub(r'[*_"$]', "", text.casefold()).strip(" .,;:!?'")
-        text = re.sub(r"\b(?:an?|the) (?=\w)", "", text)
-        day = re.split(r"[.!] (?!\d)", text)[0]                  # "Sept. 3, 2020. That is a day"
-        day = re.sub(r"^on |\b[a-z]{3,6}day\b| of |(?<=\d)[snrt][tdh]\b|(?<=sep)t\b|[.,]", " ", day)
+        text = re.sub(r'[*_"$]|\b(?:a|(?i:an|the)) (?=\w)|^A (?=\w)', "", text)
+        text = re.sub(r"\ba (?=\w)", "A ", text.strip(" .,;:!?'").casefold())   # hepatitis A virus
+        day = "_".join(NO_DATE.sub(" ", re.split(r"(?<=[\d)])[.!] (?!\d)", text)[0]).split())
         for form in DATES:
             with suppress(ValueError):
-                return datetime.strptime("_".join(day.split()), form).strftime("%m/%d/%Y")
+                return datetime.strptime(day, form).strftime("%m/%d/%Y")
         return text or None
     if kind == "yesno":
-        words = [{"true": "yes", "false": "no"}.get(word, word)
-                 for word in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.casefold())]
+        text = text.casefold().replace("true", "yes").replace("false", "no")
+        words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text)
         return words[0] if words and {*words} & {"yes", "no"} == {words[0]} else None
     if kind == "choice":
         hit = CHOICE.match(text)
         return hit and hit[hit.lastindex].upper()
-    # Spaces stay only between words or numbers, and in "1, 234", which is no 1,234.
-    text = re.sub(r" (?!\w)|(?<![\w,]) |(?<=,) (?!\d{3})", "", text)
+    text = re.sub(r" (?!\w)|(?<![\w,]) |(?<=,) (?!\d{3})", "", text)      # "1, 234" is no 1,234
     if kind == "number":
-        text = FRAC.sub(r" \1/\2", text).strip()
-        reason = re.search(r"\b(?:because|since|where|so)\b", text.rpartition("=")[0])
-        hit = None if reason or NOT_A_UNIT.search(text) else NUMBER.fullmatch(text)
-        return hit and hit[1].replace(",", "")
-    text = re.sub(r"[,;]? ?\b(?:and|or)\b ?|;", ",", text).rstrip(".,;:")
+        hit = NUMBER.fullmatch(FRAC.sub(r" \1/\2", text).strip())
+        return hit[1].replace(",", "") if hit and not NOT_A_UNIT.search(text) else None
+    text = re.sub(r"[,;]? ?\b(?:and|or)\b ?|;", ",", text).rstrip(".,;:").lstrip("=")
     parts = sorted(text.split(","))
     if all("=" in part for part in parts):                       # y=2,x=1 or x=1,x=2
         text = ",".join(parts).replace("," + parts[0].split("=")[0] + "=", ",")
@@ -161,12 +167,12 @@ def _read(text, kind):
 
 
 # ---- 3. Are two answers equal? Formulas as exact literals, or else by value ----
-
 NAMED = re.compile(                                              # (x)=(5), (f(x))=(2x), (x)=2+3=(5)
-    r"((?:\\angle ?)?(?:\\?[A-Za-z]|[αβθλ]|[A-Z]{2}|\\?[A-Za-z]{3,})(?:_\w+)?'?(?:\(\w(?:,\w)*\))?"
-    r"|\(\w(?:,\w)*\)|[^A-Za-z,=∈]+)(?:[=∈][^,=∈]*)*[=∈]([^=∈]+)")
-UNCLEAR = re.compile(r"[_'\"]|[A-Za-z]{3}|^[A-Za-z]{2,}$|\dƒ\{-?\d|/\w+[(ƒ√A-Za-zπ]"      # 1/2x
-                     r"|([^\W\d]|[)}\]]|\d ) ?\d", re.A)         # words, 2\frac12 x, x2, 5 6
+    r"((?:m?\\angle ?)?(?:\\[A-Za-z]+|[A-Za-zαβθλ]|[A-Z]{2}|[A-Za-z]{3,})(?:_\w+ ?|\^-1 ?)?'?"
+    r"(?:\(\w(?:,\w)*\))?|[fgP]\([^=]*\)|\(\w(?:,\w)*\)|[^A-Za-z,=∈]+)(?:[=∈][^,=∈]*)*[=∈]([^=∈]+)")
+UNCLEAR = re.compile(r"(?<!∘)_|['\"]|(?<![\\A-Za-z])(?![abc]{3}|[xyz]{3})[A-Za-z]{3}|^[A-Za-z]{2,}$"
+    r"|\dƒ\{-?\d|/\w+[(ƒ√A-Za-zπ]|([^\W\d_]|[)}\]]|(?<!_)\d ) ?\d", re.A)   # words, 1/2x, x2, 5 6
+TOKEN = r"\\\w+∘(?:[\^_]\w+ ?)?(?:\([^()]*\)|\{[^{}]*\}|[^\W_ƒ]+(?! ?[\w{(\[^]))|[\d.]+|\S"
 OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul),
              "/": (2, operator.truediv), "÷": (2, operator.truediv), "^": (4, operator.pow)}
 
@@ -179,13 +185,11 @@ def _equal(ours, gold, kind):
     if our_name and name and our_name != name:
         return False
     if _fraction(gold) is not None:                              # a plain number wants its like
-        ours = re.sub(r"(?<=\d) [mgsLh](/s|/h)?(\^\d)?$", "", ours)      # here m is no variable
         return _fraction(ours) == _fraction(gold)
     if ours == gold or gold.replace(" ", "").isalpha() and len(gold) > 1:
         return ours.lower() == gold.lower()
-    points = 1, 2, -3                                            # -3 shows that √(x^2) is not x
-    wanted = [_value(gold, point) for point in points]
-    return any(wanted) and all(_value(ours, point) == value for point, value in zip(points, wanted))
+    values = [(_value(ours, point), _value(gold, point)) for point in (1, 2, -3)]   # √(x^2) is no x
+    return any(want for _, want in values) and all(have == want for have, want in values)
 
 
 def _fraction(text):
@@ -201,24 +205,21 @@ def _fraction(text):
 def _value(text, point):
     """What a formula, a list or a relation comes to at a point; None where it has no value."""
     text = str(_fraction(text)) if len(text) < 300 and _fraction(text) is not None else text
-    if len(text) > 300 or text.count("^") + text.count("√") > 20 or UNCLEAR.search(text):
+    if len(text) > 300 or sum(map(text.count, "^√∘")) > 20 or UNCLEAR.search(text):
         return None
-    if "±" in text and "," not in text:
-        text = text.replace("±", "+") + "," + text.replace("±", "-")
+    if re.search("[>≥]", text):                                  # 5 > x is x < 5
+        text = "".join(re.split("([<>≤≥=])", text)[::-1]).translate(str.maketrans("<>≤≥", "><≥≤"))
     try:
         with localcontext(Context(prec=100, Emax=60)):           # a bare list is a set: {1,2}
-            return [part if part in "=<>≤≥≠∈∪" else _evaluate(
-                ["", "⟩", "}", *re.findall(r"\d+\.?\d*|\.\d+|\S", part)[::-1], "{", "⟨"], point)
-                for part in re.split("([=<>≤≥≠∈∪])", text)]
+            return [side if side in "=<≤≠∈" else sorted((_evaluate(
+                ["", "⟩", "}", *re.findall(TOKEN, part)[::-1], "{", "⟨"], point)
+                for part in side.split("∪")), key=str) for side in re.split("([=<≤≠∈])", text)]
     except (ArithmeticError, LookupError, TypeError, RecursionError):
         return None
 
 
 def _evaluate(tokens, point, strength=0):
-    """Precedence climbing: the value of the tokens up to an operator no stronger than `strength`.
-
-    A number is a Decimal, a list the text of its values. An unwritten operator is a product.
-    """
+    """The value of the tokens up to an operator no stronger than `strength`; a list's as text."""
     token = tokens.pop()
     if token in ("+", "-"):
         value = _evaluate(tokens, point, 3) * Decimal(token + "1")
@@ -235,8 +236,9 @@ def _evaluate(tokens, point, strength=0):
         root = _evaluate(tokens, point, 9) if tokens[-1] == "[" else 2
         value = _evaluate(tokens, point, 9)
         value = Decimal.sqrt(value) if root == 2 else value ** (1 / root)
-    elif token.isalpha() or token == "∞":                        # any value will do, even for pi
-        value = Decimal(random.Random(f"{token}{point}").uniform(1, 3)).copy_sign(point)
+    elif token.isalpha() or token == "∞" or "∘" in token:        # any value will do, even for pi
+        name = re.sub(r"[({ ]+", " ", token.rstrip(")} ")).replace("∘ ", "∘")
+        value = Decimal(random.Random(f"{name}{point}").uniform(1, 3)).copy_sign(point)
     else:
         value = Decimal(token)
     while tokens[-1] not in ("", ",", ")", "]", "}", "⌉", "⟩"):
@@ -249,7 +251,6 @@ def _evaluate(tokens, point, strength=0):
 
 
 # ---- 4. The two questions that the other files ask, and what an answer earns ----
-
 def _stated(output, kind):
     """The text of the stated answer and its normal form; twice None if none can be read."""
     texts = _statements(output, kind)
@@ -259,30 +260,30 @@ def _stated(output, kind):
     return (" ".join(texts[-1].split()).rstrip(" .$*"), answers[-1]) if texts else (None, None)
 
 
-def extract_answer(output, answer_type):
+def extract_answer(output: str, answer_type: str) -> str | None:
     """The answer that the output states, as text; None if no statement of it can be read."""
     return _stated(output, answer_type)[answer_type != "math"]
 
 
-def is_correct(output, gold, answer_type):
-    """Does the output state the gold answer? This is R_outcome, Eq. 4."""
+def is_correct(output: str, gold: str, answer_type: str) -> bool:
+    """Does the output state the gold answer?"""
     ours, gold = _stated(output, answer_type)[1], _read(gold, answer_type)
-    return None not in (ours, gold) and _equal(ours, gold, answer_type)
+    return None not in (ours, gold) and _equal(ours, gold, answer_type)          # R_outcome, Eq. 4
 
 
-def dsu_bonus(full, partial, delta, nu):
-    """Eq. 5: `delta` if mean(full) > nu * mean(partial), else 0.0; lists of 0/1 outcomes.
+def dsu_bonus(full: list, partial: list, delta: float, nu: float) -> float:
+    """`delta`, in units of reward, if mean(full) > nu * mean(partial), else 0.0; lists of 0/1.
 
     Compared as exact fractions, with nu as it is written: 0.6 is not more than 1.2 times 0.5.
     """
     better = sum(full) * len(partial) > Fraction(str(nu)) * Fraction(sum(partial)) * len(full)
-    return float(delta) if better else 0.0
+    return float(delta) if better else 0.0                                       # r_dsu, Eq. 5
 
 
-def total_rewards(full, partial, delta, nu):
-    """Eq. 6: outcome plus bonus for correct full dialogues, the bare outcome for all others."""
+def total_rewards(full: list, partial: list, delta: float, nu: float) -> tuple[list, list]:
+    """The rewards of the full dialogues, with the bonus for correct ones, and of the partial."""
     bonus = dsu_bonus(full, partial, delta, nu)
-    return [outcome + bonus if outcome else outcome for outcome in full], list(partial)
+    return [outcome + bonus if outcome else outcome for outcome in full], list(partial)   # Eq. 6
 
 
 def wilson(right, n, z=1.959964):
