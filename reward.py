@@ -106,7 +106,7 @@ NOT_A_UNIT = re.compile(r"(?i)\b(?:and|or|nor|not?|never|false|wrong|incorrect|p
     r"|th|hal(?:f|ves)|of [\dxyz]|(?:point|over|root|remainder|below) (?=\w)|(?:hundred|thousand"
     r"|dozen|[mbt]r?illion|lakh|crore)(?:th)?s?|(?<!\()(?<!ty-)(?:two|th(?:ree|ir)|fou?r|fi[vf]e?"
     r"|six|seven|eight?|nine?|ten|eleven|twelv?f?e?|twen)(?:ty|teen)?(?:th|d)?s?)\b|n't"
-    r"|doubled|\d ?(?:bn|mil|st|nd|rd|th)\b")                            # they change the number
+    r"|doubled|\d ?(?:bn|mil|st|nd|rd|th)\b")                    # they change the number
 INT = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)|\d+)"
 LITERAL = (rf"[+-]? ?(?:(?:\d+ )?{INT}/[+-]?(?=[\d,]*[1-9]){INT}|(?:{INT}(?:\.\d*)?|\.\d+)"
            r"(?:[eE][+-]?\d{1,3}(?!\d))?)")
@@ -126,8 +126,8 @@ CHOICE = re.compile(r"[\s\"'(\[{*_$]*(?:(?i:(?:the )?(?:option|choice|letter):? 
     r"|[A-F][).:](?= ))(?! (?:is|was)\b)))")                     # not the article A, not B or C
 DATES = "%m_%d_%Y %Y_%m_%d %B_%d_%Y %b_%d_%Y %d_%B_%Y %d_%b_%Y %Y_%B_%d".split()
 NO_DATE = re.compile(r"^on | of |\b(?:mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?"
-    r"\b|(?<=sep)t\b|(?<=\d)(?:st|nd|rd|th)\b|\(mm/dd/yyyy\)|[-/,()]|\.(?!\d)"    # Sept. 3rd, 2020
-    r"|\b(?:because|since|which|as)\b(?!.{0,99}(?:\d|\b(?:or|not|wrong)\b)).*")
+    r"\b|(?<=sep)t\b|(?<=\d)(?:st|nd|rd|th)\b|(?:\(|\b(?:because|since|which|as)\b)(?!.{0,99}(?:\d"
+    r"|dd/m|\b(?:or|not|wrong|minus|plus|before|after)\b)).*|[-/,()]|\.(?!\d)")   # Sept. 3rd, 2020
 
 
 def _read(text, kind):
