@@ -5,32 +5,28 @@
     python ei.py --report probes.jsonl                         # the filter table, from the file
 
 After "Probing to Refine: Reinforcement Distillation of LLMs via Explanatory Inversion" (ICLR 2026,
-arXiv 2603.19266). For every question, the teacher is asked for
-
-    1  its reasoning, where the data has none                                   invert
-    2  a probe per rule, with reasoning and a short answer                      RULES, parse_reply
-    3  the question again behind each probe: still right?                       Eq. 1, invert
-    4  The question is kept if the student knows some of the probes, not all.   Eq. 2, select
+arXiv 2603.19266). The teacher writes a probe of each question by each of ten rules, with reasoning
+and an answer. Eq. 1 (make_probes): a probe is consistent if the teacher, asked the question again
+after it, still answers the question correctly. Eq. 2 (keep_question): a question is kept if the
+untrained student answers some of its consistent probes correctly, but not all.
 
 Where the paper is silent or ambiguous, we chose:
- 1. A question without rationale is dropped if the teacher's own answer to it is wrong.
+ 1. A question without rationale gets the teacher's, or is dropped if the teacher's answer is wrong.
  2. Only some rules' names are published. Our ten, with prompts and examples, are below.
- 3. A probe ends in an answer that reward.py can grade. The rest is rejected, with a reason.
- 4. Dropped too: probes that state the gold answer of their question (leaked; R7 and R8 may), and
-    repetitions of the question, of our examples or of another probe (duplicate).
- 5. Eq. 2 follows the paper's prose; its printed form has one comparison reversed.
+ 3. A probe ends in an answer that reward.py can grade. It may not state the gold answer of its
+    question (leaked; R7 and R8 may), nor repeat the question, an example or a probe (duplicate).
+ 4. Eq. 2 follows the paper's prose. Its printed form has one comparison reversed.
 """
 import collections
-import concurrent.futures
-import contextlib
-import functools
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
-import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
 from typing import NamedTuple
 
 from huggingface_hub import InferenceClient, is_offline_mode
@@ -38,7 +34,7 @@ from tqdm import tqdm
 
 import exgrpo
 import reward
-from exgrpo import HERE, UserError, as_asked, at_least
+from exgrpo import HERE, UserError, at_least, user_turn
 
 
 # ------------------------------------------------------------------------------------ the ten rules
@@ -167,24 +163,17 @@ TASK = "QUESTION: {question}\nSOLUTION: {rationale}\nRESULT: {answer}"
 REPLY = "PROBE: {0.probe}\nREASONING: {0.rationale}\nTYPE: {0.answer_type}\nANSWER: {0.answer}"
 
 
-def make_prompt(rule, row):
-    """What the teacher reads: a dialogue that shows one rule's example and ends with the question.
-
-    The example is a turn of the dialogue, because a weak teacher then keeps to the four labels.
-    """
+def make_prompt(rule: str, row: dict) -> list[str]:
+    """The dialogue that asks for a probe. It begins with an example, to show the four labels."""
     by_number = row["answer_type"] in ("number", "math")
     example, probe = ((MELONS, RULES[rule].arithmetic) if by_number else
                       (SNOWMAN, RULES[rule].commonsense))
     no_leak = "" if rule in MAY_STATE_ANSWER else NO_LEAK
     return [TEMPLATE.format(rule=RULES[rule], no_leak=no_leak, task=TASK.format(**example)),
-            REPLY.format(probe), AGAIN + TASK.format(**{key: row[key] for key in example})]
+            REPLY.format(probe), AGAIN + TASK.format(**row)]
 
 
-# ------------------------------------------------------------------ what a teacher's reply is worth
-
-class Rejected(Exception):
-    """Why a reply gives no probe: declined, unparsed: ..., leaked or duplicate."""
-
+# ------------------------------------------------------------------- parsing of the teacher's reply
 
 LABELS = ["PROBE", "REASONING", "TYPE", "ANSWER"]
 LABEL = re.compile(r"^[ \t*#]*(PROBE|REASONING|TYPE|ANSWER)[ \t*]*:[ \t*]*", re.MULTILINE)
@@ -192,51 +181,54 @@ OPTION = re.compile(r"^\(([A-Z])\)[ \t]*(\S.*)", re.MULTILINE)
 NUMBER = re.compile(r"(?<!\w)-?\d(?:[\d,]*\d)?(?:[./]\d+)?")
 
 
-def check(holds, reason):
-    if not holds:
+class Rejected(Exception):
+    """A reply gives no probe. The message is the reason, as the report counts it."""
+
+
+def require(condition, reason):
+    if not condition:
         raise Rejected(f"unparsed: {reason}")
 
 
-def parse_reply(text):
+def parse_reply(text: str) -> dict:
     """A teacher's reply -> {"probe", "rationale", "answer", "answer_type"}, or raises Rejected."""
-    check(len(text) <= 10_000, "longer than 10,000 characters")
+    require(len(text) <= 10_000, "longer than 10,000 characters")
     if re.match(r"\W*DECLINED?\b", text):
         raise Rejected("declined")
     _, *parts = LABEL.split(text)
     labels, values = parts[::2], [value.strip(" \t\r\n*") for value in parts[1::2]]
     for label in LABELS:
-        check(label in labels, f"no {label} line")
-        check(labels.count(label) == 1, f"several {label} lines")
-    check(labels == LABELS, "labels out of order")
-    check(all(values), "nothing behind a label")
+        require(label in labels, f"no {label} line")
+        require(labels.count(label) == 1, f"several {label} lines")
+    require(labels == LABELS, "labels out of order")
+    require(all(values), "nothing behind a label")
     probe, rationale, answer_type, answer = values
     answer_type = re.sub(r"\W", "", answer_type.lower())  # "Yes/No" is yesno
-    check(answer_type in ("number", "yesno", "choice", "text"), "unknown TYPE")
-    check("\n" not in answer, "text after the ANSWER line")
-    check(answer_type == "choice" or len(answer) <= 60 and len(answer.split()) <= 5,
-          "ANSWER is not short")  # of a choice, the letter is kept
+    require(answer_type in ("number", "yesno", "choice", "text"), "unknown TYPE")
+    require("\n" not in answer, "text after the ANSWER line")
+    require(answer_type == "choice" or len(answer) <= 60 and len(answer.split()) <= 5,
+            "ANSWER is not short")  # of a choice, the letter is kept
     plain = reward.extract_answer(f"The answer is {answer.rstrip('.')}.", answer_type)
-    check(plain, f"ANSWER does not fit TYPE {answer_type}")
+    require(plain, f"ANSWER does not fit TYPE {answer_type}")
     answer = plain if answer_type != "text" else answer.rstrip(".")  # keeps its capitals
     if answer_type == "choice":
         letters = "".join(letter for letter, _ in OPTION.findall(probe))
-        check(len(letters) > 1 and "ABCDEF".startswith(letters), "options are not (A), (B), ...")
-        check(answer in letters, "ANSWER is no option")
+        require(len(letters) > 1 and "ABCDEF".startswith(letters), "options are not (A), (B), ...")
+        require(answer in letters, "ANSWER is no option")
     probe = {"probe": probe, "rationale": rationale, "answer": answer, "answer_type": answer_type}
-    check(reward.is_correct(exgrpo.teacher_reply(probe), answer, answer_type),
-          "REASONING states another answer")  # it would be taught
+    require(reward.is_correct(exgrpo.teacher_reply(probe), answer, answer_type),
+            "REASONING states another answer")  # it would be taught
     return probe
 
 
-def words(text):
-    return " ".join(re.findall(r"\w+", text.casefold()))
+# -------------------------------------------------------------------------------------- the filters
+
+def words(text: str) -> str:
+    """The words of a text, with a blank around each: `words(a) in words(b)` finds whole words."""
+    return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
 
-def contains(text, phrase):
-    return phrase.strip() != "" and f" {words(phrase)} " in f" {words(text)} "
-
-
-def leaks(probe, row):
+def leaks(probe: str, row: dict) -> bool:
     """Does the probe state the gold answer of its question, where the question itself does not?"""
     question, gold, answer_type = row["question"], row["answer"], row["answer_type"]
     if reward.is_correct(probe, gold, answer_type):  # "... the answer is 15 ..."
@@ -245,208 +237,94 @@ def leaks(probe, row):
         new = set(NUMBER.findall(probe)) - set(NUMBER.findall(question))
         if any(reward.is_correct(f"The answer is {n}.", gold, answer_type) for n in new):
             return True
-        gold, probe, question = ("".join(x.split()) for x in (gold, probe, question))
-        return (len(gold) > 2 and not NUMBER.fullmatch(gold)  # an expression, letter by letter
-                and gold in probe and gold not in question)
+    if answer_type == "yesno" or NUMBER.fullmatch(gold):
+        return False
     if answer_type == "choice":  # the right option's words, and no other option's
         others = dict(OPTION.findall(question))
-        gold = others.pop(reward.extract_answer(f"The answer is {gold}.", "choice"), "")
-        if any(contains(probe, other) for other in others.values()):
+        gold = others.pop(reward.extract_answer(f"The answer is {gold}.", "choice"), "?")
+        if any(words(other) in words(probe) for other in others.values()):
             return False
         question = question.partition("\n(A)")[0]
-    return answer_type != "yesno" and contains(probe, gold) and not contains(question, gold)
+    return words(gold) in words(probe) and words(gold) not in words(question)
 
 
 EXAMPLES = [set(words(text).split()) for rule in RULES.values() for text in (
     rule.arithmetic.probe, rule.commonsense.probe, MELONS["question"], SNOWMAN["question"])]
 
 
-def repeats(probe, seen):
-    """Is the probe among the texts seen, or nearly an example of ours (60 % of their words)?"""
+def repeats(probe: str, earlier: list[str]) -> bool:
+    """Is the probe one of the earlier texts, or nearly an example of ours (60 % of their words)?"""
     mine = set(words(probe).split())
-    return words(probe) in seen or any(len(mine & e) > 0.6 * len(mine | e) for e in EXAMPLES)
+    return (words(probe) in map(words, earlier)
+            or any(len(mine & example) > 0.6 * len(mine | example) for example in EXAMPLES))
 
 
-# ------------------------------------------------------------------------------------- the teachers
-
-def whole(text, cut_off):
-    """(text, fault): without a reasoning model's thoughts; `fault`: why it is no whole reply."""
-    text = text.rpartition("</think>")[2].encode("utf-8", "replace").decode()  # no lone surrogates
-    return text, "cut off by the token limit" if cut_off else ""
-
-
-TOO_LONG = "", "prompt too long for the model"
-
-
-class LocalModel:
-    """A Hub id or local folder, as teacher or student: dialogues -> [(text, fault)], greedy.
-
-    A dialogue is [user, assistant, user, ...].
-    """
-
-    batch, workers = 16, 1  # questions that are asked side by side; threads that may call
-
-    def __init__(self, name, args):
-        self.model, self.chat = exgrpo.load_model(name, exgrpo.pick_device(args.device))
-        self.max_new_tokens = args.max_new_tokens
-        self.stop, self.counts = threading.Event(), collections.Counter()
-        size = self.model.num_parameters() / 1e6
-        self.about = f"{size:.1f} M parameters, fp32 on {self.model.device}, greedy"
-
-    def __call__(self, dialogues):
-        prompts = [self.chat.prompt(turns) for turns in dialogues]
-        room = exgrpo.context_size(self.model) - self.max_new_tokens
-        fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        outputs = exgrpo.generate(self.model, self.chat, [prompts[i] for i in fit],
-                                  max_new_tokens=self.max_new_tokens,
-                                  token_budget=self.batch * 2048)
-        replies = [TOO_LONG] * len(prompts)
-        for i, (text, truncated, n_tokens) in zip(fit, outputs):
-            replies[i] = whole(text, truncated)
-            self.counts.update({"requests": 1, "prompt tokens": len(prompts[i]),
-                                "new tokens": n_tokens})
-        return replies
+def check_probe(rule: str, line: dict, text: str, fault: str) -> dict:
+    """A reply -> a probe of this rule for this question, or raises Rejected."""
+    require(not fault, fault)
+    probe = parse_reply(text)
+    if repeats(probe["probe"], [line["question"], *(other["probe"] for other in line["probes"])]):
+        raise Rejected("duplicate")
+    if rule not in MAY_STATE_ANSWER and leaks(probe["probe"], line):
+        raise Rejected("leaked")
+    return {"rule": rule, **probe}
 
 
-class Server:
-    """Any OpenAI-compatible server as the teacher; called from `workers` threads at a time."""
-
-    batch = 1  # question by question in each thread
-    TRIES, PAUSE = 8, 1.0  # attempts at a request; seconds before the second, doubled each time:
-    TIMEOUT = 300          # two minutes in all, longer than a limit per minute; of one request
-
-    def __init__(self, args):
-        if is_offline_mode():
-            raise UserError("HF_HUB_OFFLINE is set, and then the client calls no server, not even "
-                            "a local one; unset it (models in local folders load without it)")
-        # Without a key of its own, the client would send the Hugging Face token to this server.
-        self.client = InferenceClient(base_url=args.teacher, timeout=self.TIMEOUT,
-                                      api_key=os.environ.get("TEACHER_API_KEY") or "none")
-        self.options = {"model": args.teacher_model, "max_tokens": args.max_new_tokens,
-                        "temperature": 0, "seed": args.seed}
-        self.workers, self.lock = args.concurrency, threading.Lock()
-        self.stop, self.counts = threading.Event(), collections.Counter()
-        self.about = f"a server, {self.workers} requests at a time"
-
-    def __call__(self, dialogues):
-        return [self.request(turns) for turns in dialogues]
-
-    def request(self, turns):
-        messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
-                    for i, turn in enumerate(turns)]
-        delay = 0
-        for attempt in range(self.TRIES):
-            if self.stop.wait(delay):
-                raise KeyboardInterrupt
-            try:
-                return self.read(self.client.chat_completion(messages, **self.options))
-            except Exception as error:  # HTTP errors, timeouts, closed connections, any garbage
-                response = getattr(error, "response", None)
-                status = getattr(response, "status_code", 0)
-                reason = f"{type(error).__name__}: {error}"[:300]
-                said = getattr(response, "text", "")  # SGLang's words the client leaves out
-                if status == 400 and "context" in f"{error} {said}":
-                    return TOO_LONG
-                if 400 <= status < 500 and status not in (408, 429):
-                    raise UserError(f"{self.client.model} refused a request: {reason}. "
-                                    + REFUSED.get(status, f"It said: {said[:300]}"))
-                asked = response.headers.get("retry-after", "")[:5] if status else ""
-                delay = min(60, int(asked) if asked.isdecimal() else self.PAUSE * 2 ** attempt)
-            with self.lock:
-                self.counts["retries"] += 1
-        raise UserError(f"{self.client.model} failed {self.TRIES} times in a row: {reason}. "
-                        "Nothing is lost: the same command goes on from here")
-
-    def read(self, completion):
-        choice, usage = completion.choices[0], completion.usage
-        reply = whole(choice.message.content or "", choice.finish_reason == "length")
-        with self.lock:
-            self.counts.update({"requests": 1, "prompt tokens": usage and usage.prompt_tokens or 0,
-                                "new tokens": usage and usage.completion_tokens or 0})
-        return reply
-
-
-REFUSED = {401: "Set the environment variable TEACHER_API_KEY to a valid key",
-           403: "Set the environment variable TEACHER_API_KEY to a key that may use this model",
-           404: "Check the base URL (it often ends in /v1) and --teacher-model"}
-
-
-# ---------------------------------------------------------------------- one question and its probes
-
-def right(reply, row):
-    """Is this (text, fault) a whole reply with the answer of the question or probe?"""
+def is_right(reply: tuple[str, str], row: dict) -> bool:
+    """Is this (text, fault) a complete reply with the answer of the question or probe?"""
     text, fault = reply
     return not fault and reward.is_correct(text, row["answer"], row["answer_type"])
 
 
-CLOSING = re.compile(r"[\s*_#$]*The answer is[^\n]*\Z")  # the last line's, with its dressing
-
-
-def invert(teacher, rows, rules):
-    """Asks the teacher for the probes of some questions -> their lines of D_EI, before Eq. 2.
-
-    The same request for all questions is one call: a local model answers them side by side.
-    """
+def make_probes(teacher, rows: list[dict], rules: list[str]) -> list[dict]:
+    """Questions -> their lines of D_EI, up to Eq. 1. The teacher gets many dialogues in a call."""
     lines = [{**row, "kept": False, "probes": [], "declined": [], "rejected": []} for row in rows]
-    bare = [line for line in lines if not line["rationale"].strip()]
-    for line, reply in zip(bare, teacher([[as_asked(line)] for line in bare])):
-        if right(reply, line):
-            line["rationale"] = CLOSING.sub("", reply[0].strip()) or reply[0]
+    unsolved = [line for line in lines if not line["rationale"].strip()]
+    for line, reply in zip(unsolved, teacher([[user_turn(line)] for line in unsolved])):
+        if is_right(reply, line):
+            reasoning = reply[0].rpartition("The answer is")[0].strip().rstrip("*_#$ \n")
+            line["rationale"] = reasoning or reply[0]
         else:
             line["rejected"].append({"rule": "R_T", "reason": reply[1] or "wrong answer"})
-    solved = [line for line in lines if not line["rejected"]]
-    seen = [{words(line["question"])} for line in solved]
-    for rule in rules:  # rule by rule: what these prompts begin with is read once
-        replies = teacher([make_prompt(rule, line) for line in solved])
-        for line, reply, its_seen in zip(solved, replies, seen):
-            try:
-                line["probes"].append(judge(rule, line, *reply, its_seen))
-            except Rejected as reason:
-                if str(reason) == "declined":
-                    line["declined"].append(rule)
-                else:
-                    line["rejected"].append({"rule": rule, "reason": str(reason)})
+    pairs = [(line, rule) for line in lines if not line["rejected"] for rule in rules]
+    replies = teacher([make_prompt(rule, line) for line, rule in pairs])
+    for (line, rule), reply in zip(pairs, replies):
+        try:
+            line["probes"].append(check_probe(rule, line, *reply))
+        except Rejected as reason:
+            if str(reason) == "declined":
+                line["declined"].append(rule)
+            else:
+                line["rejected"].append({"rule": rule, "reason": str(reason)})
     pairs = [(line, probe) for line in lines for probe in line["probes"]]
-    replies = teacher([[as_asked(probe), exgrpo.teacher_reply(probe), as_asked(line)]
+    replies = teacher([[user_turn(probe), exgrpo.teacher_reply(probe), user_turn(line)]
                        for line, probe in pairs])
     for (line, probe), reply in zip(pairs, replies):
-        probe["consistent"], probe["student_correct"] = right(reply, line), None         # Eq. 1
+        probe["consistent"], probe["student_correct"] = is_right(reply, line), None      # Eq. 1
     return lines
 
 
-def judge(rule, row, text, fault, seen):
-    """A reply -> a probe of this rule, or raises Rejected; `seen`: what it must not repeat."""
-    check(not fault, fault)
-    probe = parse_reply(text)
-    if repeats(probe["probe"], seen):
-        raise Rejected("duplicate")
-    if rule not in MAY_STATE_ANSWER and leaks(probe["probe"], row):
-        raise Rejected("leaked")
-    seen.add(words(probe["probe"]))
-    return {"rule": rule, **probe}
+def keep_question(n_correct: int, n_consistent: int, tau_hard: int) -> bool:
+    """Is the question neither too hard for the student nor too easy (all its probes are known)?"""
+    return tau_hard <= n_correct < n_consistent                                          # Eq. 2
 
 
-def keep_question(n_correct, n_consistent, tau_hard):
-    """Eq. 2: neither too hard (n_correct < tau_hard) nor too easy (all of n_consistent correct)."""
-    return n_consistent > 0 and tau_hard <= n_correct < n_consistent
-
-
-def select(student, lines, tau_hard):
-    """The untrained student answers the consistent probes, each by itself; then Eq. 2 decides."""
+def apply_student_filter(student, lines: list[dict], tau_hard: int) -> list[dict]:
+    """The untrained student answers every consistent probe, each by itself; then Eq. 2 decides."""
     if student:
         probes = [probe for line in lines for probe in line["probes"] if probe["consistent"]]
-        for probe, reply in zip(probes, student([[as_asked(probe)] for probe in probes])):
-            probe["student_correct"] = right(reply, probe)
+        for probe, reply in zip(probes, student([[user_turn(probe)] for probe in probes])):
+            probe["student_correct"] = is_right(reply, probe)
     for line in lines:
         line["kept"] = verdict(line, tau_hard) == "kept"
     return lines
 
 
-def verdict(line, tau_hard):
-    """"kept", or why not: one of VERDICTS, from what the line itself holds."""
+def verdict(line: dict, tau_hard: int) -> str:
+    """What the filters make of a question: one of VERDICTS."""
     if any(one["rule"] == "R_T" for one in line.get("rejected", [])):
         return "no reasoning"
-    marks = [probe["student_correct"] for probe in line["probes"] if probe["consistent"]]
+    marks = [one.get("student_correct") for one in line["probes"] if one["consistent"]]
     if not marks:
         return "no probe left"
     if None in marks or keep_question(sum(marks), len(marks), tau_hard):  # None: without a student
@@ -454,148 +332,202 @@ def verdict(line, tau_hard):
     return "too hard" if sum(marks) < tau_hard else "too easy"
 
 
-def in_order(work, items, workers, stop):
-    """work(item) for every item, `workers` at a time; yields the results in their order."""
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        ahead = collections.deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(work, item))
-                if len(ahead) == 4 * workers:  # memory must not grow with the data
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            stop.set()
-            for future in ahead:
-                future.cancel()
+# ------------------------------------------------------------------------------------- the teachers
+
+def clean_reply(text: str, cut_off: bool) -> tuple[str, str]:
+    """(text, fault): without a reasoning model's thoughts; `fault`: why it is no complete reply."""
+    text = text.rpartition("</think>")[2].encode("utf-8", "replace").decode()  # no lone surrogates
+    return text, "cut off by the token limit" if cut_off else ""
 
 
-# --------------------------------------------------------------------------------------- the output
+class LocalModel:
+    """A Hub id or local folder, as teacher or student: dialogues -> [(text, fault)], greedy."""
 
-def dump(row):
+    batch = align = 16  # questions in a call; a resumed run begins at a multiple of `align`
+
+    def __init__(self, name, args):
+        self.model, self.chat = exgrpo.load_model(name, exgrpo.pick_device(args.device))
+        self.max_new_tokens, self.counts = args.max_new_tokens, collections.Counter()
+        self.about = f"{self.model.num_parameters() / 1e6:.1f} M parameters, {self.model.device}"
+
+    def __call__(self, dialogues: list[list[str]]) -> list[tuple[str, str]]:
+        prompts = [self.chat.prompt(turns) for turns in dialogues]
+        replies = [("", "prompt too long for the model")] * len(prompts)
+        room = exgrpo.context_size(self.model) - self.max_new_tokens
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        fitting.sort(key=prompts.__getitem__)  # what a batch has in common is read once
+        for start in range(0, len(fitting), self.batch):
+            some = fitting[start:start + self.batch]
+            outputs = exgrpo.generate(self.model, self.chat, [prompts[i] for i in some],
+                                      max_new_tokens=self.max_new_tokens, token_budget=32768)
+            for i, (text, cut_off, n_tokens) in zip(some, outputs):
+                replies[i] = clean_reply(text, cut_off)
+                self.counts.update({"requests": 1, "prompt tokens": len(prompts[i]),
+                                    "new tokens": n_tokens})
+        return replies
+
+
+class Server:
+    """Any OpenAI-compatible server as the teacher: dialogues -> [(text, fault)]."""
+
+    align = 1              # its replies do not depend on what else is asked
+    TRIES, PAUSE = 8, 1.0  # tries of a request; seconds before the second one, doubled each time:
+    TIMEOUT = 300          # two minutes in all, longer than a limit per minute; seconds of one try
+
+    def __init__(self, args):
+        if is_offline_mode():
+            raise UserError("HF_HUB_OFFLINE is set, so the client calls no server, not even a "
+                            "local one; unset it (models in local folders load without it)")
+        # Without a key of its own, the client would send the Hugging Face token to this server.
+        self.client = InferenceClient(base_url=args.teacher, timeout=self.TIMEOUT,
+                                      api_key=os.environ.get("TEACHER_API_KEY") or "none")
+        self.fields = {"model": args.teacher_model, "max_tokens": args.max_new_tokens,
+                       "temperature": 0, "seed": args.seed}
+        self.workers, self.batch = args.concurrency, 2 * args.concurrency
+        self.stop, self.lock, self.counts = Event(), Lock(), collections.Counter()
+        self.about = f"a server, {self.workers} requests at a time"
+
+    def __call__(self, dialogues: list[list[str]]) -> list[tuple[str, str]]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                return list(pool.map(self.ask, dialogues))
+            except BaseException:
+                self.stop.set()  # for the other threads
+                raise
+
+    def ask(self, turns):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
+                    for i, turn in enumerate(turns)]
+        delay = 0
+        for attempt in range(self.TRIES):
+            if self.stop.wait(delay):
+                raise KeyboardInterrupt
+            try:
+                return self.read(self.client.chat_completion(messages, **self.fields))
+            except Exception as error:  # HTTP errors, timeouts, closed connections, any garbage
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", 0)
+                reason = f"{type(error).__name__}: {error}"[:300]
+                said = getattr(response, "text", "")  # SGLang's words the client leaves out
+                if status == 400 and "context" in f"{error} {said}":
+                    return "", "prompt too long for the model"
+                if 400 <= status < 500 and status not in (408, 429):
+                    raise UserError(
+                        f"{self.client.model} refused a request: {reason}. {said[:300]} Check the "
+                        "URL (it often ends in /v1), --teacher-model and the key in the "
+                        "environment variable TEACHER_API_KEY")
+                asked = response.headers.get("retry-after", "")[:5] if status else ""
+                delay = min(60, int(asked) if asked.isdecimal() else self.PAUSE * 2 ** attempt)
+            self.add({"retries": 1})
+        raise UserError(f"{self.client.model} failed {self.TRIES} times in a row: {reason}. "
+                        "Nothing is lost: the same command goes on from here")
+
+    def read(self, completion):
+        choice, usage = completion.choices[0], completion.usage
+        reply = clean_reply(choice.message.content or "", choice.finish_reason == "length")
+        self.add({"requests": 1, "prompt tokens": usage and usage.prompt_tokens or 0,
+                  "new tokens": usage and usage.completion_tokens or 0})
+        return reply
+
+    def add(self, counts):
+        with self.lock:
+            self.counts.update(counts)
+
+
+# ---------------------------------------------------------------------------------- the output file
+
+def dump(row: dict) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def open_output(path, header):
-    """A D_EI file to append to, locked: new, or an unfinished one of the same configuration.
-
-    Returns the file, and its header line if that is still to be written.
-    """
-    file = open(path, "a+b")
+def open_output(path: str, header: dict, questions: list[dict]):
+    """A D_EI file to append to, locked, and how many of the questions it holds already."""
+    file, mine = open(path, "a+b"), dump({"ei": header})
     exgrpo.lock(file, f"another ei.py is writing {path}; wait for it, or name another --out")
     file.seek(0)
-    first, mine, end = file.readline(), dump({"ei": header}), 0
-    if first.endswith(b"\n") or not mine.startswith(first):
-        if first != mine:
-            raise UserError(f"{path} {difference(first, header)}; name another --out")
-        end = len(mine)
+    content = file.read()
+    if not mine.startswith(content[:len(mine)]):
+        theirs = next(exgrpo.read_jsonl(path))[1].get("ei", {})
+        changed = [f"{key} = {theirs.get(key)!r}, not {header.get(key)!r}"
+                   for key in {**header, **theirs} if theirs.get(key) != header.get(key)]
+        raise UserError(f"{path} was made with {', '.join(changed)}. Use its flags (prompts is a "
+                        "digest of the rules in ei.py), or name another --out")
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        print(f"{path}: dropped a half-written last line, which is made again")
+    file.truncate(end)
     file.seek(end)
-    for line in file:
-        if not line.endswith(b"\n"):
-            print(f"{path}: dropped a half-written last line, which is made again")
-            file.truncate(end)
-        end += len(line)
-    return file, b"" if first == mine else mine
-
-
-def difference(first, header):
-    try:
-        theirs = json.loads(first)["ei"]
-        key = next(key for key in header if theirs.get(key) != header[key])
-        if key == "prompts":  # a digest
-            return "was made with other rules or prompts than those that ei.py holds now"
-        return f"was started with {key} = {theirs.get(key)!r}, not {header[key]!r}; use its flags"
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        return "is there already and was not made by this ei.py"
-
-
-def skip_finished(path, questions, batch):
-    """The number of questions in the file, which must be the iterator's first, and the questions
-    that are to be asked.
-
-    Where some are left, a batch that was cut is asked again with the rest of it, because a model's
-    reply may depend, in its last digits, on what is beside it in a batch.
-    """
-    finished, again = 0, []
-    for where, line in itertools.islice(exgrpo.read_jsonl(path), 1, None):
-        row = next(questions, None)
-        if row is None:  # --limit is smaller than it was
-            break
+    finished = 0
+    for (where, line), row in zip(itertools.islice(exgrpo.read_jsonl(path), 1, None), questions):
         if any(line.get(key) != row[key] for key in ("id", "question", "answer", "answer_type")):
             raise UserError(f"{where} holds question {line.get('id')!r}, but here the data has "
                             f"{row['id']!r}: the data has changed; name another --out")
         finished += 1
-        again = again + [row] if finished % batch else []
-    left = list(itertools.islice(questions, 1))
-    return finished, itertools.chain(again if left else [], left, questions)
+    return file, finished
 
 
+def write_probes(teacher, student, questions: list[dict], finished: int, file, args):
+    """Appends the lines of all questions but the first `finished` ones, batch by batch.
+
+    A local model's batch that was cut is asked again as a whole, because the last digits of logits
+    may depend on what else is in a batch.
+    """
+    with tqdm(total=len(questions), initial=finished, unit="question") as bar:
+        for start in range(finished - finished % teacher.align, len(questions), teacher.batch):
+            lines = make_probes(teacher, questions[start:start + teacher.batch], args.rules)
+            lines = apply_student_filter(student, lines, args.tau_hard)[max(0, finished - start):]
+            for line in lines:
+                if not file.tell():  # only now: a run that could not begin leaves no header behind
+                    file.write(dump({"ei": make_header(args)}))
+                file.write(dump(line))
+                file.flush()
+            bar.update(len(lines))
+
+
+# --------------------------------------------------------------------------------------- the report
+
+COLUMNS = ["asked", "declined", "unparsed", "leaked", "duplicate", "inconsistent", "kept",
+           "student right"]
 VERDICTS = ["no reasoning", "no probe left", "too hard", "too easy", "kept"]
-COLUMNS = ["asked", "declined", "unparsed", "leaked", "duplicate", "inconsistent", "kept"]
 
 
-def count(path):
+def count(path: str) -> tuple:
     """A D_EI file -> its header and Counters of (rule, column), of reasons and of verdicts."""
-    lines = exgrpo.read_jsonl(path)
-    where, first = next(lines, (path, {}))
-    header = first.get("ei")
-    if not isinstance(header, dict):
-        raise UserError(f"{where}: no D_EI file: its first line is no header")
+    header, lines = exgrpo.read_probes(path)
     rules, reasons, verdicts = (collections.Counter() for _ in range(3))
-    for where, line in lines:
-        try:
-            rejected = [(one["rule"], one["reason"]) for one in line.get("rejected", [])]
-            outcomes = [(rule, reason.partition(":")[0]) for rule, reason in rejected]
-            outcomes += [(rule, "declined") for rule in line.get("declined", [])]
-            outcomes += [(one["rule"], "kept" if one["consistent"] else "inconsistent")
-                         for one in line["probes"]]
-            right = [(one["rule"], "right") for one in line["probes"] if one["student_correct"]]
-            kept, found = line["kept"], verdict(line, header.get("tau_hard"))
-            rules.update(outcomes + right + [(rule, "asked") for rule, _ in outcomes])
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{where}: no line of D_EI; README.md shows one")
-        if kept != (found == "kept"):
-            raise UserError(f'{where}: "kept" is {kept}, but by its probes the verdict is: {found}')
-        reasons.update(reason for _, reason in rejected)
-        verdicts[found] += 1
+    for line in lines:
+        outcomes = [(rule, "declined") for rule in line.get("declined", [])]
+        for one in line.get("rejected", []):
+            outcomes.append((one["rule"], one["reason"].partition(":")[0]))
+            reasons[one["reason"]] += 1
+        for probe in line["probes"]:
+            outcomes.append((probe["rule"], "kept" if probe["consistent"] else "inconsistent"))
+            rules[probe["rule"], "student right"] += bool(probe.get("student_correct"))
+        rules.update(outcomes + [(rule, "asked") for rule, _ in outcomes])
+        verdicts[verdict(line, header.get("tau_hard", 1))] += 1
     return header, rules, reasons, verdicts
 
 
-def report(path):
-    """Prints what each filter did, from the file alone; returns the number of questions kept."""
+def report(path: str):
+    """Prints what each filter did, from the file alone."""
     header, rules, reasons, verdicts = count(path)
-    names = [rule for rule in RULES if rules[rule, "asked"]] + ["all"]
-    for column in (*COLUMNS, "right"):
-        rules["all", column] = sum(rules[rule, column] for rule in names)
-    width, share = 14, functools.partial(reward.share, form="{:.0f} ({:.0f}-{:.0f})")
-    print(f"\n{'probes':25}" + "".join(f"{column:>{width}}" for column in COLUMNS))
-    for rule in names:
-        print(f"{f'{rule} {RULES[rule].name}' if rule in RULES else rule:25}"
-              + "".join(f"{rules[rule, column]:{width},}" for column in COLUMNS))
-    print(f"\n{'% of the asked (95 %)':25}"
-          + "".join(f"{column:>{width}}" for column in (*COLUMNS[1:], "student right")))
-    for rule in names:
-        of_kept = share(rules[rule, "right"], rules[rule, "kept"]) if header.get("student") else "-"
-        print(f"{rule:25}"
-              + "".join(f"{share(rules[rule, c], rules[rule, 'asked']):>{width}}"
-                        for c in COLUMNS[1:]) + f"{of_kept:>{width}}")
-    print(f"{'':25}{'(of the kept)':>{width * len(COLUMNS)}}\n")
+    asked = [rule for rule in RULES if rules[rule, "asked"]]
+    print(f"\n{'probes':25}" + "".join(f"{column:>14}" for column in COLUMNS))
+    for rule in asked:
+        print(f"{f'{rule} {RULES[rule].name}':25}"
+              + "".join(f"{rules[rule, column]:14,}" for column in COLUMNS))
+    totals = [sum(rules[rule, column] for rule in asked) for column in COLUMNS]
+    print(f"{'all':25}" + "".join(f"{total:14,}" for total in totals) + "\n")
     for reason, n in reasons.most_common():
         print(f"{n:9,}  {reason}")
-    n = verdicts.total()
-    print(f"\n{'questions':25}{'':>{width}}{'% (95 %)':>{width}}")
+    print(f"\n{'questions':39}  % (95 % interval)")
     for name in VERDICTS:
-        print(f"{name:25}{verdicts[name]:{width},}{share(verdicts[name], n):>{width}}")
+        print(f"{name:25}{verdicts[name]:14,}  {reward.share(verdicts[name], verdicts.total())}")
     if not header.get("student"):
         print("Eq. 2 was skipped, because there was no --student")
-    return verdicts["kept"]
 
 
-# ------------------------------------------------------------------------------------ the questions
+# ------------------------------------------------------------------------------------- the datasets
 
 def lettered(stem, texts, right, rationale=""):
     """A choice whose options are lettered from (A), whatever their labels were."""
@@ -603,53 +535,38 @@ def lettered(stem, texts, right, rationale=""):
     return stem + options, "ABCDEF"[right], "choice", rationale
 
 
-def options(row):  # csqa, arc, obqa
-    stem = row["question"] if "question" in row else row["question_stem"]
-    return lettered(stem, row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
-
-
-def sqa(row):  # the facts are evidence, not part of the question; a string, or a list of them
-    facts = row["facts"] if isinstance(row["facts"], str) else " ".join(row["facts"])
-    return row["question"], "yes" if row["answer"] else "no", "yesno", facts
-
-
-def boolq(row):
-    question = f"{row['passage']}\nAccording to this text: {row['question']}?"
-    return question, "yes" if row["answer"] else "no", "yesno", ""
-
-
-def nli(row):  # anli, esnli
-    stem = (f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\n"
-            "What does the premise say about the hypothesis?")
-    texts = ["it is true (entailment)", "nothing certain (neutral)", "it is false (contradiction)"]
-    rationale = row.get("explanation_1") or row.get("reason") or ""
-    return row["label"] >= 0 and lettered(stem, texts, row["label"], rationale)
-
-
-def date(row):
-    stem = re.sub(r"^Q: |\n *choice:.*|\nA:\s*$", "", row["inputs"])
-    texts = list(row["multiple_choice_targets"])
-    right = texts[row["multiple_choice_scores"].index(1)]
-    random.Random(stem).shuffle(texts)  # the right one comes first in nearly every row
-    return lettered(stem, texts, texts.index(right))
-
-
-def gsm8k(row):
-    rationale, _, answer = row["answer"].rpartition("####")
-    return row["question"], answer.replace(",", ""), "number", re.sub(r"<<[^<>]*>>", "", rationale)
-
-
-def gsm8k_rev(row):
-    return row["question"], row["answer"], "number", row["explanation"]
-
-
-def math(row):
-    gold = reward.extract_answer(row["solution"], "math")  # the last box
-    return gold and (row["problem"], gold, "math", row["solution"])
-
-
-def tabmwp(row):
-    stem = f"{row['table_title'] or 'Table'}\n{row['table']}\n\n{row['question']}"
+def read_row(name: str, row: dict) -> tuple | None:
+    """A published row -> question, answer, type and rationale; None if it has no gold answer."""
+    if name in ("csqa", "arc", "obqa"):
+        stem, options = row.get("question") or row["question_stem"], row["choices"]
+        return lettered(stem, options["text"], options["label"].index(row["answerKey"]))
+    if name in ("sqa", "boolq"):  # the facts are evidence, not part of the question
+        question = (row["question"] if name == "sqa" else
+                    f"{row['passage']}\nAccording to this text: {row['question']}?")
+        return question, "yes" if row["answer"] else "no", "yesno", row.get("facts", "")
+    if name in ("anli", "esnli"):
+        stem = (f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\n"
+                "What does the premise say about the hypothesis?")
+        texts = ["it is true (entailment)", "nothing certain (neutral)",
+                 "it is false (contradiction)"]
+        rationale = row.get("explanation_1") or row.get("reason") or ""
+        return lettered(stem, texts, row["label"], rationale) if row["label"] >= 0 else None
+    if name == "date":
+        stem = re.sub(r"^Q: |\n *choice:.*|\nA:\s*$", "", row["inputs"])
+        texts = list(row["multiple_choice_targets"])
+        right = texts[row["multiple_choice_scores"].index(1)]
+        random.Random(stem).shuffle(texts)  # the right one comes first in nearly every row
+        return lettered(stem, texts, texts.index(right))
+    if name == "gsm8k":
+        rationale, _, answer = row["answer"].rpartition("####")
+        rationale = re.sub(r"<<[^<>]*>>", "", rationale)
+        return row["question"], answer.replace(",", ""), "number", rationale
+    if name == "gsm8k_rev":
+        return row["question"], row["answer"], "number", row["explanation"]
+    if name == "math":
+        gold = reward.extract_answer(row["solution"], "math")  # the last box
+        return (row["problem"], gold, "math", row["solution"]) if gold else None
+    stem = f"{row['table_title'] or 'Table'}\n{row['table']}\n\n{row['question']}"  # tabmwp
     if row["choices"]:
         return lettered(stem, row["choices"], row["choices"].index(row["answer"]), row["solution"])
     unit = f" (in {row['unit']})" if row["unit"] else ""
@@ -659,72 +576,62 @@ def tabmwp(row):
 GITHUB = "https://raw.githubusercontent.com/"
 MATH = ("algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
         "precalculus")
-DATASETS = {  # name: (mapping, Hub id or URL, its configurations, its train and its test split)
-    "sqa": (sqa, "ChilleD/StrategyQA", "", "train test"),
-    "csqa": (options, "tau/commonsense_qa", "", "train validation"),
-    "arc": (options, "allenai/ai2_arc", "ARC-Challenge", "train test"),
-    "math": (math, "EleutherAI/hendrycks_math", MATH, "train test"),
-    "gsm8k": (gsm8k, "openai/gsm8k", "main", "train test"),
-    "tabmwp": (tabmwp, GITHUB + "lupantech/PromptPG/main/data/tabmwp/problems_{}.json", "",
-               "train test1k"),
-    "anli": (nli, "facebook/anli", "", "train_r3 test_r3"),
-    "date": (date, "tasksource/bigbench", "date_understanding", "train validation"),
-    "boolq": (boolq, "google/boolq", "", "train validation"),
-    "obqa": (options, "allenai/openbookqa", "main", "train test"),
-    "esnli": (nli, "esnli/esnli", "", "train test"),
-    "gsm8k_rev": (gsm8k_rev, GITHUB + "AllForward/ReversalMath/main/data/gsm8k/{}-backward.json",
-                  "", "- test")}
+DATASETS = {  # name: Hub id or URL, configurations, train split and test split
+    "sqa": ("ChilleD/StrategyQA", "", "train test"),
+    "csqa": ("tau/commonsense_qa", "", "train validation"),
+    "arc": ("allenai/ai2_arc", "ARC-Challenge", "train test"),
+    "math": ("EleutherAI/hendrycks_math", MATH, "train test"),
+    "gsm8k": ("openai/gsm8k", "main", "train test"),
+    "tabmwp": (GITHUB + "lupantech/PromptPG/main/data/tabmwp/problems_{}.json", "", "train test1k"),
+    "anli": ("facebook/anli", "", "train_r3 test_r3"),
+    "date": ("tasksource/bigbench", "date_understanding", "train validation"),
+    "boolq": ("google/boolq", "", "train validation"),
+    "obqa": ("allenai/openbookqa", "main", "train test"),
+    "esnli": ("esnli/esnli", "", "train test"),
+    "gsm8k_rev": (GITHUB + "AllForward/ReversalMath/main/data/gsm8k/{}-backward.json", "",
+                  "- test")}
 
 
-def fetch(name, split):
-    """The rows of a dataset as its authors publish them, one at a time."""
-    _, source, configs, splits = DATASETS[name]
+def fetch(name: str, split: str):
+    """The rows of a dataset from the web: of a JSON file on GitHub, or of the Hub."""
+    source, configs, splits = DATASETS[name]
     split = splits.split()[("train", "test").index(split)]
     if source.startswith(GITHUB):
         with urllib.request.urlopen(source.format(split), timeout=60) as response:
             text = response.read().decode()
-        lines = text.split("\n") if name == "gsm8k_rev" else []
-        yield from map(json.loads, filter(None, lines)) if lines else json.loads(text).values()
-        return
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"the dataset {name} needs one package more: pip install datasets")
+        return (json.loads(text).values() if name == "tabmwp" else
+                map(json.loads, filter(None, text.split("\n"))))
+    import datasets  # only these rows need it, so it is not in requirements.txt
     parts = [datasets.load_dataset(source, config, split=split, streaming=True)
              for config in configs.split() or [None]]
     # in turns, so that --limit takes some of each
-    yield from filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts)))
+    return filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts)))
 
 
-def stream_questions(source, split="train"):
-    """Yields the questions of a .jsonl file or of one of the twelve datasets; holds only ids."""
-    seen, keys = {}, ("id", "question", "answer", "answer_type", "rationale")
+def load_questions(source: str, split: str = "train", limit: int | None = None) -> list[dict]:
+    """The first `limit` questions of a .jsonl file, or of a split of one of the twelve DATASETS."""
+    keys, questions, seen = ("id", "question", "answer", "answer_type", "rationale"), [], {}
     if source.endswith(".jsonl"):
-        for where, row in exgrpo.read_jsonl(source):
+        for where, row in itertools.islice(exgrpo.read_jsonl(source), limit):
             exgrpo.check_question(row, where, seen=seen)
-            yield {key: row[key] for key in keys}
-        return
+            questions.append({key: row[key] for key in keys})
+        return questions
     if source not in DATASETS:
         raise UserError(f"--data {source}: neither a .jsonl file nor one of {', '.join(DATASETS)}")
     if split not in ("train", "test") or (source, split) == ("gsm8k_rev", "train"):
         raise UserError(f"--split {split}: {source} has no such split; use train or test")
     try:
         for i, row in enumerate(fetch(source, split)):
-            texts = DATASETS[source][0](row)
-            if texts:  # some rows have no gold answer, and some one that could not be graded
-                row = dict(zip(keys, (f"{source}-{split}-{i}", *map(str.strip, texts))))
-                if exgrpo.can_be_right(row):
-                    yield row
-    except UserError:
-        raise
+            texts = read_row(source, row)
+            row = texts and dict(zip(keys, (f"{source}-{split}-{i}", *map(str.strip, texts))))
+            if row and exgrpo.can_be_right(row):  # some gold answers could not be graded
+                questions.append(row)
+            if len(questions) == limit:
+                break
     except Exception as error:  # of many kinds: the network's, those of `datasets`, a changed field
         raise UserError(f"the dataset {source} could not be read: {type(error).__name__}: {error}. "
-                        "Is there a network? Without one, give a .jsonl file of questions")
-
-
-def load_questions(source, split="train"):
-    """All questions of a .jsonl file, or of a split of one of the twelve DATASETS, as a list."""
-    return list(stream_questions(source, split))
+                        "It takes a network and pip install datasets; or give a .jsonl file")
+    return questions
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -734,8 +641,8 @@ def parse_args():
     parser = exgrpo.Parser("Stage 1, explanatory inversion: questions -> filtered probes.")
     add = parser.add_argument_group("what to make, of what").add_argument
     add("--teacher", default=toy + "teacher", help="Hub name, local folder or URL of a server")
-    add("--student", help="Hub name or local folder of the untrained student; without it, Eq. 2 is "
-                          "skipped (but the toy teacher has the toy student)")
+    add("--student", help="untrained student, Hub name or local folder; without it, no Eq. 2 (but "
+        "the toy teacher has the toy student)")
     add("--data", default=toy + "train.jsonl", help=".jsonl file, or one of " + ", ".join(DATASETS))
     add("--split", default="train", help="of a named dataset: train or test")
     add("--limit", type=at_least(1), help="number of questions, from the first; none means all")
@@ -758,14 +665,14 @@ def parse_args():
     args.rules = list(RULES) if args.rules == "all" else args.rules.split(",")
     if not set(args.rules) <= set(RULES) or len(set(args.rules)) < len(args.rules):
         raise UserError(f"--rules: name each rule once, as in {','.join(RULES)}")
-    if args.student and args.tau_hard >= len(args.rules):  # a rule gives one probe at most
+    if args.student and args.tau_hard >= len(args.rules):
         raise UserError(f"--tau-hard {args.tau_hard} with {len(args.rules)} --rules keeps no "
-                        "question: by Eq. 2 the student must know so many probes, and not all; "
-                        "lower the one or name more of the other")
+                        "question, by Eq. 2: a rule gives one probe, and the student must know "
+                        "tau-hard of them, but not all")
     return args
 
 
-def make_header(args):
+def make_header(args) -> dict:
     """All that the output depends on. Paths of this project are stored relative to it."""
     header = {key: getattr(args, key) for key in (
         "teacher", "teacher_model", "student", "data", "split", "rules", "tau_hard",
@@ -773,76 +680,44 @@ def make_header(args):
     for key in ("teacher", "student", "data"):
         header[key] = header[key] and header[key].removeprefix(HERE + os.sep)
     prompts = repr((TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES))
-    return header | {"prompts": exgrpo.digest(prompts)}
+    return header | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()[:12]}
 
 
-def dry_run(questions, rules):
-    """Prints the first question's prompts, and what the whole run will ask of the teacher."""
-    n = calls = characters = 0
-    for n, row in enumerate(questions, 1):
-        prompts = [make_prompt(rule, row) for rule in rules]
-        if n == 1:
-            for rule, prompt in zip(rules, prompts):
-                print(f"{f' {rule} ':=^80}\n" + "\n--------\n".join(prompt) + "\n")
-        calls += len(rules) + (not row["rationale"].strip())
-        characters += len("".join(turn for prompt in prompts for turn in prompt))
-        characters += len(rules) * (len(row["question"]) + 400)  # Eq. 1
-    print(f"{n:,} questions: {calls:,} calls for reasoning and probes, at most {n * len(rules):,} "
-          f"more for Eq. 1; about {characters // 4:,} prompt tokens, at four characters each")
+def dry_run(questions: list[dict], rules: list[str]):
+    """Prints the first question's prompts, and the number of calls that the run will make."""
+    for rule in rules:
+        print(f"{f' {rule} ':=^80}\n" + "\n--------\n".join(make_prompt(rule, questions[0])) + "\n")
+    n_probes = len(questions) * len(rules)
+    calls = n_probes + sum(not row["rationale"].strip() for row in questions)
+    print(f"{len(questions):,} questions: {calls:,} calls for reasoning and probes, at most "
+          f"{n_probes:,} more for Eq. 1")
 
 
 def main():
     args = parse_args()
     if args.report:
-        report(args.report)
-        return
-    questions = itertools.islice(stream_questions(args.data, args.split), args.limit)
-    if args.dry_run:
-        dry_run(questions, args.rules)
-        return
-    first = list(itertools.islice(questions, 1))
-    if not first:
+        return report(args.report)
+    questions = load_questions(args.data, args.split, args.limit)
+    if not questions:
         raise UserError(f"{args.data} holds no question")
-    file, header = open_output(args.out, make_header(args))
+    if args.dry_run:
+        return dry_run(questions, args.rules)
+    file, finished = open_output(args.out, make_header(args), questions)
     with file:
-        remote = args.teacher.startswith(("http://", "https://"))
-        teacher = Server(args) if remote else LocalModel(args.teacher, args)
-        questions = itertools.chain(first, questions)
-        finished, questions = skip_finished(args.out, questions, teacher.batch)
+        is_url = args.teacher.startswith(("http://", "https://"))
+        teacher = Server(args) if is_url else LocalModel(args.teacher, args)
         student = LocalModel(args.student, args) if args.student else None
         print(f"teacher  {args.teacher}: {teacher.about}\n"
               f"student  {args.student}: {student.about if student else 'Eq. 2 is skipped'}\n"
-              f"data     {args.data}, {args.split}; {len(args.rules)} rules\n"
+              f"data     {args.data}, {args.split}: {len(questions):,} questions\n"
               f"output   {args.out}, {finished:,} questions in it", flush=True)
-        make(teacher, student, questions, file, header, finished, args)
-    n_kept = report(args.out)
+        if finished < len(questions):
+            write_probes(teacher, student, questions, finished, file, args)
+    report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
-    print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}")
-    if n_kept:
-        student = exgrpo.shown(args.student or "STUDENT")
-        print(f"next: python exgrpo.py --student {student} --probes {args.out}")
-    else:
-        print("No question was kept, so there is nothing to train on; the tables above say why")
-
-
-def make(teacher, student, questions, file, header, finished, args):
-    """Appends a line for every question that is left, in their order; some were asked before."""
-    kept = probes = 0
-    batches = iter(lambda: list(itertools.islice(questions, teacher.batch)), [])
-    work = in_order(lambda rows: invert(teacher, rows, args.rules), batches, teacher.workers,
-                    teacher.stop)
-    before = finished % teacher.batch  # questions of the first batch that are in the file
-    with contextlib.closing(work), tqdm(total=args.limit, initial=finished, unit="question") as bar:
-        for lines in work:
-            for line in select(student, lines, args.tau_hard)[before:]:
-                file.write(header + dump(line))
-                file.flush()
-                header = b""
-                kept += line["kept"]
-                probes += sum(probe["consistent"] for probe in line["probes"])
-            bar.set_postfix(kept=kept, probes=probes, refresh=False)
-            bar.update(len(lines) - before)
-            before = 0
+    student = exgrpo.shown(args.student or "STUDENT")
+    print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}\n"
+          f"next: python exgrpo.py --student {student} --probes {args.out}")
 
 
 if __name__ == "__main__":

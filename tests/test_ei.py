@@ -2,6 +2,7 @@
 
 The oracle below plays the teacher: from its replies ei.py must make tests/data/probes.jsonl again.
 """
+import gc
 import http.server
 import io
 import json
@@ -130,7 +131,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def stub_student(dialogues):
     """The student of tests/data/probes.jsonl."""
-    probes = {exgrpo.ask(p["probe"], p["answer_type"]): p for row in ROWS for p in row["probes"]}
+    probes = {exgrpo.user_turn(p): p for row in ROWS for p in row["probes"]}
     return [(stated(probes[turns[0]]["answer"] if probes[turns[0]]["student_correct"] else "?"), "")
             for turns in dialogues]
 
@@ -146,7 +147,10 @@ def run_ei(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ei.py", *map(str, flags)])
         with pytest.raises(SystemExit) as end:
             exgrpo.run(ei.main)
-        return (end.value.code or 0, *capsys.readouterr())
+        code = end.value.code or 0
+        del end
+        gc.collect()  # closes the output file, and with it the lock, that a traceback holds
+        return (code, *capsys.readouterr())
     return go
 
 
@@ -251,8 +255,9 @@ def fuzz(n, seed):
     row = NUMBER_ROW | {"question": "?"}
     outcomes = []
     for _ in range(n // 10):
-        line, = ei.invert(stub_teacher(lambda turns: ei.whole(garbled(rng), False)[0]), [row],
-                          list(ei.RULES))
+        line, = ei.make_probes(
+            stub_teacher(lambda turns: ei.clean_reply(garbled(rng), False)[0]), [row],
+            list(ei.RULES))
         for one in line["rejected"]:
             assert re.match("unparsed: .|leaked$|duplicate$", one["reason"])
         ei.dump(line).decode()
@@ -275,7 +280,7 @@ def test_parsing_time_is_linear(text):
     start = time.perf_counter()
     for reply in (text, text[:9_900], GOOD.replace("4 hens", text[:9_000])):
         try:
-            ei.judge("R1", NUMBER_ROW, reply, "", set())
+            ei.check_probe("R1", NUMBER_ROW | {"probes": []}, reply, "")
         except ei.Rejected:
             pass
     assert time.perf_counter() - start < 0.5
@@ -340,26 +345,27 @@ def test_eq1_asks_the_question_behind_the_probe_as_turns():
         asked.extend(dialogues)
         return [(GOOD if "The kind of probe" in turns[0] else stated(15), "")
                 for turns in dialogues]
-    line, = ei.invert(teacher, [NUMBER_ROW], ["R1", "R3"])
+    line, = ei.make_probes(teacher, [NUMBER_ROW], ["R1", "R3"])
     assert [p["consistent"] for p in line["probes"]] == [True]
     assert line["rejected"] == [{"rule": "R3", "reason": "duplicate"}]
-    assert asked[-1] == [exgrpo.ask("4 hens lay 3 eggs each. How many eggs?", "number"),
+    assert asked[-1] == [exgrpo.user_turn(NUMBER_ROW | {
+        "question": "4 hens lay 3 eggs each. How many eggs?"}),
                          "4 x 3 = 12. The answer is 12.",
-                         exgrpo.ask(NUMBER_ROW["question"], "number")]
+                         exgrpo.user_turn(NUMBER_ROW)]
 
 
 def test_a_cut_off_reply_passes_no_filter():
-    line, = ei.invert(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off")
+    line, = ei.make_probes(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off")
                                   for d in ds],
                       [NUMBER_ROW], ["R1"])
     assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: cut off"}]
-    line, = ei.invert(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), "cut off")
+    line, = ei.make_probes(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), "cut off")
                                   for d in ds],
                       [NUMBER_ROW], ["R1"])
     assert line["probes"][0]["consistent"] is False
     probe = {"consistent": True, "probe": "x", "answer": "1", "answer_type": "number"}
     line = {"probes": [probe], "rejected": []}
-    ei.select(lambda ds: [(stated(1), "cut off")], [line], 1)
+    ei.apply_student_filter(lambda ds: [(stated(1), "cut off")], [line], 1)
     assert probe["student_correct"] is False and not line["kept"]
 
 
@@ -371,7 +377,8 @@ def test_a_cut_off_reply_passes_no_filter():
 def test_a_missing_rationale_is_the_teachers_or_the_question_goes(text, rationale):
     calls = []
     teacher = stub_teacher(lambda turns: calls.append(turns) or (GOOD if len(calls) == 2 else text))
-    line, = ei.select(None, ei.invert(teacher, [NUMBER_ROW | {"rationale": " "}], ["R1"]), 1)
+    lines = ei.make_probes(teacher, [NUMBER_ROW | {"rationale": " "}], ["R1"])
+    line, = ei.apply_student_filter(None, lines, 1)
     assert line["kept"] == (rationale is not None) and len(calls) == (3 if rationale else 1)
     assert ei.verdict(line, 1) == ("kept" if rationale else "no reasoning")
     assert rationale is None or line["rationale"] == rationale
@@ -385,11 +392,9 @@ def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
     assert code == 0, err
     assert exgrpo.read_probes(tmp_path / "p.jsonl")[1] == ROWS
     table = out[out.index("probes   "):]
-    assert re.search(r"all +120 +12 +3 +3 +2 +8 +92\n", table)
-    assert re.search(r"all +10 \(6-17\) +2 \(1-7\) +2 \(1-7\) +2 \(0-6\) +7 \(3-13\) +"
-                     r"77 \(68-83\) +58 \(47-67\)\n", table)
-    assert re.search(r"no probe left +0 +0 \(0-24\)\ntoo hard +1 +8 \(1-35\)\n"
-                     r"too easy +1 .*\nkept +10 +83 \(55-95\)\n", table)
+    assert re.search(r"all +120 +12 +3 +3 +2 +8 +92 +53\n", table)
+    assert re.search(r"no probe left +0  0.0 .*\ntoo hard +1  8.3 .*\ntoo easy +1 .*\n"
+                     r"kept +10  83.3 \(55.2 - 95.3\)\n", table)
     assert f"{len(server.requests)} requests, {7 * len(server.requests):,} prompt tokens" in out
     code, again, _ = run_ei("--report", tmp_path / "p.jsonl")
     assert code == 0 and again.strip() in out
@@ -445,7 +450,7 @@ def test_sigkill_and_finish_equals_one_run(run_ei, server, tmp_path):
     server.delay = 0.02
     process = subprocess.Popen([sys.executable, "ei.py", *flags(server, path)],
                                cwd=os.path.dirname(HERE), stderr=subprocess.DEVNULL)
-    while len(server.requests) < 120 and process.poll() is None:
+    while len(server.requests) < 180 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and 0 < len(path.read_bytes()) < len(whole)
@@ -455,14 +460,14 @@ def test_sigkill_and_finish_equals_one_run(run_ei, server, tmp_path):
 
 def test_two_processes_on_one_output_are_refused(run_ei, server, tmp_path):
     pytest.importorskip("fcntl")
-    file, _ = ei.open_output(tmp_path / "p.jsonl", {})
+    file, _ = ei.open_output(tmp_path / "p.jsonl", {}, [])
     with file:
         code, _, err = run_ei(*flags(server, tmp_path / "p.jsonl"))
     assert code == 2 and "another ei.py is writing" in err
 
 
 def test_a_system_without_locks_goes_on(run_ei, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(exgrpo, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
     assert run_ei(*flags(server, tmp_path / "p.jsonl"), "--limit", "1")[0] == 0
 
 
@@ -481,7 +486,8 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
     with monkeypatch.context() as patch:
         patch.setattr(ei, "TASK", "Think of something else.")
         code, _, err = run_ei(*mine)
-    assert code == 2 and "other rules or prompts" in err and path.read_bytes() == before
+    assert code == 2 and "prompts = '" in err and "rules in ei.py" in err
+    assert path.read_bytes() == before
     data.write_text("".join(open(QUESTIONS).readlines()[1:]))
     code, _, err = run_ei(*mine)
     assert code == 2 and "the data has changed" in err and "p.jsonl:2" in err
@@ -490,11 +496,11 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
     data.write_text(json.dumps(row | {"answer_type": "text"}) + "\n")
     code, _, err = run_ei(*mine)
     assert code == 2 and "the data has changed" in err and path.read_bytes() == before
-    for content in (b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n",
-                    b'{"ei": []}\n'):
+    for content in (b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n"):
         path.write_bytes(content)
         code, _, err = run_ei(*flags(server, path))
-        assert code == 2 and "not made by this ei.py" in err and path.read_bytes() == content
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and str(path) in err
+        assert path.read_bytes() == content
 
 
 def test_a_run_that_never_began_leaves_nothing_in_the_way(run_ei, server, tmp_path, monkeypatch):
@@ -554,21 +560,25 @@ def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_pat
     code, _, err = run_ei(*flags(server, path), *small)
     server.faults = []
     lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error")]
-    assert code == 2 and len(lines) == 1 and words in lines[0] and len(server.requests) == calls
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert calls <= len(server.requests) <= calls + 1  # the thread may have begun the next one
     assert "Traceback" not in err and path.read_bytes() == b"".join(whole.splitlines(True)[:2])
     assert run_ei(*flags(server, path), *small)[0] == 0 and path.read_bytes() == whole
 
 
-def test_a_failure_stops_the_other_threads():
-    stop = threading.Event()
+def test_a_failure_stops_the_other_threads(monkeypatch):
+    """They wait for another try, up to a minute each, and would keep the run from its end."""
+    teacher = ei.Server(types.SimpleNamespace(teacher="http://x", teacher_model=None,
+                                              max_new_tokens=8, seed=0, concurrency=4))
 
-    def work(item):
-        if item == 0:
+    def ask(number):
+        if number == 0:
             raise exgrpo.UserError("refused")
-        return stop.wait(5)  # a request that is under way, then the next one
+        return teacher.stop.wait(5)  # a request that is under way, then the next one
+    monkeypatch.setattr(teacher, "ask", ask)
     start = time.perf_counter()
     with pytest.raises(exgrpo.UserError):
-        list(ei.in_order(work, iter(range(1000)), 4, stop))
+        teacher(range(1000))
     assert time.perf_counter() - start < 2
 
 
@@ -616,14 +626,6 @@ def test_offline_mode_is_said(run_ei, tmp_path, monkeypatch):
     assert code == 2 and "HF_HUB_OFFLINE" in err and err.count("\n") == 1
 
 
-def test_work_runs_ahead_by_a_bounded_amount():
-    drawn = []
-    results = ei.in_order(lambda i: i * i, (drawn.append(i) or i for i in range(1000)), 3,
-                          threading.Event())
-    for n, result in enumerate(results):
-        assert result == n * n and len(drawn) <= n + 12
-
-
 # ----------------------------------------------------------------------- local models and bad input
 
 def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_path):
@@ -642,14 +644,14 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
                        "unparsed: prompt too long for the model",
                        "unparsed: no PROBE line"}
     out = capsys.readouterr().out
-    assert re.search("no probe left +1 ", out) and "No question was kept" in out
+    assert re.search("no probe left +1 ", out)
     with pytest.raises(SystemExit):  # the same again, though a batch of 16 was not full: no reply
         exgrpo.run(ei.main)
     assert "nothing was left to ask" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "holds no question"), ("{", "q.jsonl:1: not JSON"), ("[1]\n", "q.jsonl:1: a JSON object"),
+    ("", "holds no question"), ("{", "q.jsonl:1: not JSON"), ("[1]\n", "a JSON object is expected"),
     ('{"id": "a"}\n', '"question" is missing'), ("\xff\n", "q.jsonl:1: not JSON")])
 def test_bad_questions_end_in_one_line(run_ei, tmp_path, content, words):
     data = tmp_path / "q.jsonl"
@@ -659,7 +661,7 @@ def test_bad_questions_end_in_one_line(run_ei, tmp_path, content, words):
     assert not (tmp_path / "p.jsonl").exists()
 
 
-@pytest.mark.parametrize("change, words", [({"question": " "}, '"question" is empty'),
+@pytest.mark.parametrize("change, words", [({"question": " "}, '"question" is '),
                                            ({"answer_type": "essay"},
                                             'unknown answer_type "essay"'),
                                            ({"answer": "a few"}, "the answer 'a few' cannot be"),
@@ -692,8 +694,7 @@ def test_bad_flags_end_in_one_line(run_ei, flags, words):
 
 def test_a_report_trusts_no_line(run_ei, tmp_path):
     path = tmp_path / "p.jsonl"
-    for change, words in (({"kept": False}, "by its probes the verdict is: kept"),
-                          ({"probes": 3}, "no line of D_EI")):
+    for change, words in (({"kept": 1}, '"kept" (true or false)'), ({"probes": 3}, "(a list)")):
         path.write_text(json.dumps({"ei": HEADER}) + "\n" + json.dumps(ROWS[0] | change) + "\n")
         code, _, err = run_ei("--report", path)
         assert code == 2 and words in err and "p.jsonl:2" in err and err.count("\n") == 1
@@ -750,7 +751,7 @@ def published(monkeypatch):
 
     def load_dataset(source, config, split, streaming):
         asked.append((source, config, split))
-        name = next(name for name, entry in ei.DATASETS.items() if entry[1] == source)
+        name = next(name for name, entry in ei.DATASETS.items() if entry[0] == source)
         return iter([PUBLISHED[name][0]])
 
     def urlopen(url, timeout):
@@ -780,18 +781,19 @@ def test_date_options_are_shuffled_the_same_way_each_time(published):
     row, = ei.load_questions("date")
     assert row == ei.load_questions("date")[0] and row["question"].startswith("Today is 1/2/1990.")
     assert f"\n({row['answer']}) 01/03/1990" in row["question"] and "A:" not in row["question"]
-    rights = {ei.date(PUBLISHED["date"][0] | {"inputs": f"Day {i}?"})[1] for i in range(30)}
+    rights = {ei.read_row("date", PUBLISHED["date"][0] | {"inputs": f"Day {i}?"})[1]
+              for i in range(30)}
     assert rights == {"A", "B", "C"}
 
 
 def test_rows_without_gold_are_skipped_and_choices_of_tables_lettered():
-    assert not ei.nli({"premise": "", "hypothesis": "", "label": -1})
-    assert not ei.math({"problem": "P", "solution": "no box"})
+    assert not ei.read_row("anli", {"premise": "", "hypothesis": "", "label": -1})
+    assert not ei.read_row("math", {"problem": "P", "solution": "no box"})
     for gold in (r"\{1,2\}", r"3\sqrt{2}", r"\left\{\frac{a_{b_{c_{d}}}}{2}\right\}"):
         solution = rf"First $\boxed{{0}}$, no: $x = \boxed{{{gold}}}$."
-        assert ei.math({"problem": "P", "solution": solution})[1] == gold
+        assert ei.read_row("math", {"problem": "P", "solution": solution})[1] == gold
     row = PUBLISHED["tabmwp"][0] | {"choices": ["pen", "cup"], "answer": "cup"}
-    question, *rest = ei.tabmwp(row)
+    question, *rest = ei.read_row("tabmwp", row)
     assert question.endswith("How much?\n(A) pen\n(B) cup") and rest == ["B", "choice", "s"]
 
 

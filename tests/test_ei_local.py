@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import pytest
 
@@ -32,9 +33,9 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_reply(loaded, monke
                for end in ("Why?", "", "How many hens?", "Why? Because of rain, or of snow")]
     prompts += [prompts[0], prompts[0][:-1]]  # the same one again, and a part of another
     alone = [exgrpo.generate(model, chat, [p], max_new_tokens=12)[0] for p in prompts]
-    read, extend = [], exgrpo.extend
-    monkeypatch.setattr(exgrpo, "extend", lambda model, cache, chunks: read.extend(
-        map(len, chunks)) or extend(model, cache, chunks))
+    read, prefill = [], exgrpo.prefill
+    monkeypatch.setattr(exgrpo, "prefill", lambda model, cache, chunks: read.extend(
+        map(len, chunks)) or prefill(model, cache, chunks))
     assert exgrpo.generate(model, chat, prompts, max_new_tokens=12) == alone
     assert read[0] > 250 and sum(read) < sum(map(len, prompts)) / 3
     different = [chat.encode("Why?"), chat.encode("So?")]  # nothing in common
@@ -47,13 +48,14 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_reply(loaded, monke
 
 class Neighbours:
     """A teacher whose every reply tells how many dialogues were asked beside it, and which."""
-    batch, workers, about = 4, 1, "stub"
+    batch, align, about = 4, 4, "stub"
 
     def __init__(self, name, args):
-        self.stop, self.counts = None, {}
+        self.counts = {}
 
     def __call__(self, dialogues):
-        mark = exgrpo.digest(" ".join(turns[-1][-40:] for turns in dialogues if len(turns) == 3))
+        mark = zlib.crc32(" ".join(turns[-1][-40:] for turns in dialogues
+                                   if len(turns) == 3).encode())
         return [(f"PROBE: {i} of {mark}?\nREASONING: r.\nTYPE: yesno\nANSWER: yes", "")
                 for i, _ in enumerate(dialogues)]
 
@@ -94,7 +96,8 @@ def kill_and_resume(folder, data, path, rng=random.Random(0)):
     from transformers import LlamaForCausalLM  # noqa: F401  imported once, not by each child
     ei.parse_reply = lambda text: {"probe": text or "?", "rationale": text or "?",
                                    "answer": "1", "answer_type": "number"}
-    ei.LocalModel.batch, make = 4, ei.make
+    ei.LocalModel.batch = ei.LocalModel.align = 4
+    write_probes = ei.write_probes
 
     def run(delay):
         """Forks a run that dies `delay` seconds after its first question -> its exit status."""
@@ -102,14 +105,14 @@ def kill_and_resume(folder, data, path, rng=random.Random(0)):
             if delay is not None:
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
             begin = time.perf_counter()
-            make(*args)
+            write_probes(*args)
             os.write(writes, str(time.perf_counter() - begin).encode())
         child = os.fork()
         if child:
             return os.waitpid(child, 0)[1]
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        ei.make, sys.argv = timed, [
+        ei.write_probes, sys.argv = timed, [
             "ei.py", "--teacher", folder, "--data", data, "--out", path, "--device", "cpu",
             "--max-new-tokens", "8", "--rules", "R1"]
         try:
