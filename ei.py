@@ -334,10 +334,12 @@ def verdict(line: dict, tau_hard: int) -> str:
 
 # ------------------------------------------------------------------------------------- the teachers
 
-def clean_reply(text: str, cut_off: bool) -> tuple[str, str]:
+def clean_reply(text: str, finish_reason: str) -> tuple[str, str]:
     """(text, fault): without a reasoning model's thoughts; `fault`: why it is no complete reply."""
     text = text.rpartition("</think>")[2].encode("utf-8", "replace").decode()  # no lone surrogates
-    return text, "cut off by the token limit" if cut_off else ""
+    faults = {"length": "cut off by the token limit",
+              "content_filter": "withheld by the server's content filter"}
+    return text, faults.get(finish_reason, "")
 
 
 class LocalModel:
@@ -361,7 +363,7 @@ class LocalModel:
             outputs = exgrpo.generate(self.model, self.chat, [prompts[i] for i in some],
                                       max_new_tokens=self.max_new_tokens, token_budget=32768)
             for i, (text, cut_off, n_tokens) in zip(some, outputs):
-                replies[i] = clean_reply(text, cut_off)
+                replies[i] = clean_reply(text, "length" if cut_off else "stop")
                 self.counts.update({"requests": 1, "prompt tokens": len(prompts[i]),
                                     "new tokens": n_tokens})
         return replies
@@ -370,6 +372,7 @@ class LocalModel:
 class Server:
     """Any OpenAI-compatible server as the teacher: dialogues -> [(text, fault)]."""
 
+    PING = ["Reply with the word yes."]  # refused only by a server that refuses everything
     align = 1              # its replies do not depend on what else is asked
     TRIES, PAUSE = 8, 1.0  # tries of a request; seconds before the second one, doubled each time:
     TIMEOUT = 300          # two minutes in all, longer than a limit per minute; seconds of one try
@@ -378,11 +381,14 @@ class Server:
         if is_offline_mode():
             raise UserError("HF_HUB_OFFLINE is set, so the client calls no server, not even a "
                             "local one; unset it (models in local folders load without it)")
+        url = args.teacher.rstrip("/")
+        if re.search(r"/v\d[^?]*$", url) and not url.endswith("/chat/completions"):
+            url += "/chat/completions"  # the client would add /v1 to Gemini's .../v1beta/openai
         # Without a key of its own, the client would send the Hugging Face token to this server.
-        self.client = InferenceClient(base_url=args.teacher, timeout=self.TIMEOUT,
+        self.client = InferenceClient(base_url=url, timeout=self.TIMEOUT,
                                       api_key=os.environ.get("TEACHER_API_KEY") or "none")
         self.fields = {"model": args.teacher_model, "max_tokens": args.max_new_tokens,
-                       "temperature": 0, "seed": args.seed}
+                       "temperature": 0, "seed": args.seed, **args.request}
         self.workers, self.batch = args.concurrency, 2 * args.concurrency
         self.stop, self.lock, self.counts = Event(), Lock(), collections.Counter()
         self.about = f"a server, {self.workers} requests at a time"
@@ -396,38 +402,49 @@ class Server:
                 raise
 
     def ask(self, turns):
+        """One request -> (text, fault). It raises an error if the server refuses everything."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
                     for i, turn in enumerate(turns)]
         delay = 0
         for attempt in range(self.TRIES):
             if self.stop.wait(delay):
                 raise KeyboardInterrupt
+            asked = None
             try:
-                return self.read(self.client.chat_completion(messages, **self.fields))
-            except Exception as error:  # HTTP errors, timeouts, closed connections, any garbage
-                response = getattr(error, "response", None)
+                completion = self.client.chat_completion(messages, extra_body=self.fields)
+                choice = completion.choices[0] if completion.choices else None
+                if choice and choice.message and choice.finish_reason != "error":
+                    return self.read(choice, completion.usage)
+                status, said = 200, dump(completion).decode()
+            except Exception as error:  # HTTP errors, timeouts, closed connections, broken JSON
+                response = getattr(error, "response", None) or getattr(
+                    error.__context__, "response", None)  # the client trips over Gemini's lists
                 status = getattr(response, "status_code", 0)
-                reason = f"{type(error).__name__}: {error}"[:300]
-                said = getattr(response, "text", "")  # SGLang's words the client leaves out
-                if status == 400 and "context" in f"{error} {said}":
-                    return "", "prompt too long for the model"
-                if 400 <= status < 500 and status not in (408, 429):
-                    raise UserError(
-                        f"{self.client.model} refused a request: {reason}. {said[:300]} Check the "
-                        "URL (it often ends in /v1), --teacher-model and the key in the "
-                        "environment variable TEACHER_API_KEY")
-                asked = response.headers.get("retry-after", "")[:5] if status else ""
-                delay = min(60, int(asked) if asked.isdecimal() else self.PAUSE * 2 ** attempt)
+                said = getattr(response, "text", "") or f"{type(error).__name__}: {error}"
+                asked = status and re.match(r"\d+", response.headers.get("retry-after", ""))
+            if 400 <= status < 500 and status not in (408, 429):
+                break  # another try would not help
+            delay = min(60, int(asked[0]) if asked else self.PAUSE * 2 ** attempt)
             self.add({"retries": 1})
-        raise UserError(f"{self.client.model} failed {self.TRIES} times in a row: {reason}. "
-                        "Nothing is lost: the same command goes on from here")
+        if turns == self.PING or status in (0, 408, 429) or status > 500:
+            what = f"failed {attempt + 1} times in a row" if attempt else "refused a request"
+            raise UserError(
+                f"{self.client.model} {what}: {status or ''} {said[:300]}. Check the URL (up to "
+                "/v1 or /chat/completions), --teacher-model, the key in TEACHER_API_KEY and, if a "
+                "field is refused, --request. Nothing is lost: the same command goes on from here")
+        self.ask(self.PING)
+        self.add({"refused": 1})
+        message = re.search(r'"(?:message|error|detail)": *"((?:[^"\\]|\\.)+)', said)
+        reason = re.sub(r"[\w-]*\d[\w.,-]*", "N", message[1] if message else said)
+        return "", f"refused by the server: {reason[:100]}"  # equal reasons are counted together
 
-    def read(self, completion):
-        choice, usage = completion.choices[0], completion.usage
-        reply = clean_reply(choice.message.content or "", choice.finish_reason == "length")
+    def read(self, choice, usage):
+        text = choice.message.content or ""
+        if isinstance(text, list):  # parts: a reasoning model's thoughts, and the text
+            text = "".join(part.get("text") or "" for part in text)
         self.add({"requests": 1, "prompt tokens": usage and usage.prompt_tokens or 0,
                   "new tokens": usage and usage.completion_tokens or 0})
-        return reply
+        return clean_reply(text, choice.finish_reason)
 
     def add(self, counts):
         with self.lock:
@@ -636,6 +653,10 @@ def load_questions(source: str, split: str = "train", limit: int | None = None) 
 
 # ------------------------------------------------------------------------------------- command line
 
+def json_object(text):  # argparse names this function where the text is no JSON object
+    return dict(json.loads(text))
+
+
 def parse_args():
     toy = os.path.join(HERE, "toy", "")
     parser = exgrpo.Parser("Stage 1, explanatory inversion: questions -> filtered probes.")
@@ -654,6 +675,8 @@ def parse_args():
     add = parser.add_argument_group("a server as teacher; its key: TEACHER_API_KEY").add_argument
     add("--teacher-model", help="name by which the server knows the teacher")
     add("--concurrency", type=at_least(1), default=16, help="requests at a time")
+    add("--request", type=json_object, default={}, metavar="JSON", help="fields of each request to "
+        """change, or to drop by null, as '{"max_tokens": null, "max_completion_tokens": 2048}'""")
     add = parser.add_argument_group("the machine, and other things to do").add_argument
     add("--seed", type=at_least(0), default=0, help="sent to a server; local models are greedy")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
@@ -680,7 +703,8 @@ def make_header(args) -> dict:
     for key in ("teacher", "student", "data"):
         header[key] = header[key] and header[key].removeprefix(HERE + os.sep)
     prompts = repr((TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES))
-    return header | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()[:12]}
+    header["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()[:12]
+    return header | ({"request": args.request} if args.request else {})
 
 
 def dry_run(questions: list[dict], rules: list[str]):

@@ -41,6 +41,8 @@ def stated(answer):
 
 def oracle(turns):
     """The teacher who wrote tests/data/probes.jsonl."""
+    if turns == ei.Server.PING:
+        return "yes"
     row = next(row for row in ROWS if row["question"] in turns[-1])
     if "The kind of probe" not in turns[0]:  # Eq. 1: still right behind this probe?
         probe = next((p for p in row["probes"] if turns[0].startswith(p["probe"])), None)
@@ -68,6 +70,7 @@ class Teacher(http.server.ThreadingHTTPServer):
     def __init__(self, faults=(), delay=0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.delay, self.requests, self.keys = list(faults), delay, [], set()
+        self.pings = []  # requests by which ei.py asks whether the server answers anything
         self.busy, self.most_busy, self.retry_after = 0, 0, "0"
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -90,7 +93,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         turns = [message["content"] for message in body["messages"]]
         with server.lock:
-            server.requests.append(turns)
+            (server.pings if turns == ei.Server.PING else server.requests).append(turns)
+            server.path = self.path
             server.options = {key: body[key] for key in body if key != "messages"}
             server.keys.add(self.headers["Authorization"])
             server.busy += 1
@@ -108,6 +112,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fault = 200
         if isinstance(fault, bytes):
             return self.send(200, fault)
+        if isinstance(fault, tuple):
+            return self.send(fault[0], json.dumps(fault[1]).encode())
         if fault == "as SGLang":
             return self.send(400, b'{"object": "error", "message": "longer than its context"}')
         if fault != 200:
@@ -256,7 +262,7 @@ def fuzz(n, seed):
     outcomes = []
     for _ in range(n // 10):
         line, = ei.make_probes(
-            stub_teacher(lambda turns: ei.clean_reply(garbled(rng), False)[0]), [row],
+            stub_teacher(lambda turns: ei.clean_reply(garbled(rng), "stop")[0]), [row],
             list(ei.RULES))
         for one in line["rejected"]:
             assert re.match("unparsed: .|leaked$|duplicate$", one["reason"])
@@ -523,8 +529,10 @@ def test_output_keeps_the_input_order_under_concurrency(run_ei, tmp_path):
     assert 6 <= server.most_busy <= 8
 
 
-def test_a_server_is_given_the_time_that_it_asks_for(run_ei, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "retry_after", "1")
+@pytest.mark.parametrize("seconds", ["1", "1.5"])  # no RFC allows the second form; some send it
+def test_a_server_is_given_the_time_that_it_asks_for(run_ei, server, tmp_path, monkeypatch,
+                                                     seconds):
+    monkeypatch.setattr(server, "retry_after", seconds)
     small, start = ("--limit", "1", "--rules", "R1"), time.perf_counter()
     server.faults = [429]
     assert run_ei(*flags(server, tmp_path / "p.jsonl"), *small)[0] == 0
@@ -568,7 +576,7 @@ def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_pat
 
 def test_a_failure_stops_the_other_threads(monkeypatch):
     """They wait for another try, up to a minute each, and would keep the run from its end."""
-    teacher = ei.Server(types.SimpleNamespace(teacher="http://x", teacher_model=None,
+    teacher = ei.Server(types.SimpleNamespace(teacher="http://x", teacher_model=None, request={},
                                               max_new_tokens=8, seed=0, concurrency=4))
 
     def ask(number):
@@ -582,15 +590,116 @@ def test_a_failure_stops_the_other_threads(monkeypatch):
     assert time.perf_counter() - start < 2
 
 
+def body(content, reason="stop"):
+    return json.dumps({"choices": [{"index": 0, "finish_reason": reason,
+                                    "message": {"role": "assistant", "content": content}}],
+                       "usage": {"prompt_tokens": 7}}).encode()
+
+
+ONE = ("--limit", "1", "--rules", "R1,R3", "--concurrency", "1")
+
+
+@pytest.mark.parametrize("faults, reason", [
+    ([(400, {"error": {"message": "The response was filtered due to the prompt",
+                       "code": "content_filter"}})], "The response was filtered due to the prompt"),
+    ([(422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 1999"})],
+     "`inputs` tokens + `max_new_tokens` must be <= N Given: N"),
+    ([(400, {"error": {"message": "prompt is too long: 215000 tokens > 200000 maximum"}})],
+     "prompt is too long: N tokens > N maximum"),
+    ([(403, {"error": {"code": 403, "message": "Input was flagged"}})], "Input was flagged"),
+    ([(400, {"detail": "x" * 5000})], "x" * 100),
+    ([(413, "Payload too large")], '"Payload too large"'),
+    ([(400, [{"error": {"code": 400, "message": "Blocked"}}])], "Blocked"),
+    ([(500, {"error": {"message": "Invalid input batch."}})] * 8, "Invalid input batch."),
+    ([(200, {"error": {"message": "No output", "code": 500}, "choices": []})] * 8, "No output")])
+def test_a_refused_request_costs_one_probe(run_ei, server, tmp_path, faults, reason):
+    """One prompt that a content filter stopped, or that was too long, ended the whole run, and at
+    the same place again after every restart: only 400 with the word "context" was let pass.
+    llama.cpp and Gemini refuse single prompts by a lasting 500, and by 200 without a choice. A body
+    that is a list, as Gemini's, is an AttributeError of huggingface_hub."""
+    server.faults, path = list(faults), tmp_path / "p.jsonl"
+    code, out, err = run_ei(*flags(server, path), *ONE)
+    assert code == 0 and server.faults == [], err
+    line, = exgrpo.read_probes(path)[1]
+    assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: refused by the server: "
+                                                         + reason}]
+    assert [probe["rule"] for probe in line["probes"]] == ["R3"]
+    assert f"1  unparsed: refused by the server: {reason}\n" in out and "1 refused" in out
+
+
+def test_a_server_that_refuses_everything_ends_the_run(run_ei, server, tmp_path):
+    """A field that it does not take: the server's words, the flag that helps, nothing written."""
+    server.requests.clear()
+    server.faults = [(400, {"error": {"message": "Unsupported parameter: 'max_tokens'"}})] * 99
+    code, _, err = run_ei(*flags(server, tmp_path / "p.jsonl"), *ONE)
+    server.faults = []
+    assert code == 2 and "Unsupported parameter: 'max_tokens'" in err and "--request" in err
+    assert len(server.requests) <= 2 and os.path.getsize(tmp_path / "p.jsonl") == 0
+
+
+def test_fields_of_a_request_can_be_changed_and_dropped(run_ei, server, tmp_path):
+    """Reasoning models refuse max_tokens and temperature, some servers refuse seed."""
+    path, fields = tmp_path / "p.jsonl", {"max_tokens": None, "max_completion_tokens": 2048,
+                                          "temperature": None, "seed": None}
+    mine = [*flags(server, path), *ONE]
+    assert run_ei(*mine, "--request", json.dumps(fields))[0] == 0
+    assert server.options == {"model": "dummy", "max_completion_tokens": 2048, "stream": False}
+    assert exgrpo.read_probes(path)[0]["request"] == fields
+    assert run_ei(*mine, "--request", json.dumps(fields))[0] == 0  # the same run
+    code, _, err = run_ei(*mine)
+    assert code == 2 and "request = {'max_tokens': None" in err and "not None" in err
+    path.unlink()
+    assert run_ei(*mine)[0] == 0 and "request" not in exgrpo.read_probes(path)[0]  # as ever
+    for text in ("{max_tokens: null}", "3", '["seed"]'):
+        code, _, err = run_ei(*mine, "--request", text)
+        assert code == 2 and "invalid json_object value" in err and err.count("\n") == 1
+
+
+def test_the_text_parts_of_a_reply_are_the_reply(run_ei, server, tmp_path):
+    """Reasoning models behind LiteLLM or Mistral's API answer so; no reply could be read."""
+    parts = [{"type": "thinking", "thinking": "PROBE: no"},
+             {"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}]
+    server.faults = [body(parts)]
+    assert run_ei(*flags(server, tmp_path / "p.jsonl"), *ONE)[0] == 0
+    line, = exgrpo.read_probes(tmp_path / "p.jsonl")[1]
+    assert line["probes"][0]["probe"] == "4 hens lay 3 eggs each. How many eggs?"
+
+
+def test_an_error_with_status_200_is_tried_again_and_then_said(run_ei, server, tmp_path):
+    """OpenRouter answers so; after two minutes the user read Python's words, not the server's."""
+    error = (200, {"error": {"message": "No endpoints found", "code": 404}})
+    server.faults = [error] * 3
+    code, out, _ = run_ei(*flags(server, tmp_path / "1.jsonl"), *ONE)
+    assert code == 0 and "3 retries" in out
+    server.faults = [error] * 99
+    code, _, err = run_ei(*flags(server, tmp_path / "2.jsonl"), *ONE)
+    server.faults = []
+    assert code == 2 and "No endpoints found" in err
+
+
+def test_what_a_provider_broke_off_is_no_reply(run_ei, server, tmp_path):
+    """Both texts would be taken for whole: one was filtered, one lost its provider (OpenRouter)."""
+    server.faults = [body(GOOD, "content_filter"), body(GOOD.replace("4", "7"), "error")]
+    code, out, _ = run_ei(*flags(server, tmp_path / "p.jsonl"), *ONE)
+    line, = exgrpo.read_probes(tmp_path / "p.jsonl")[1]
+    assert code == 0 and "1 retries" in out and "7 hens" not in str(line["probes"])
+    assert line["rejected"][0]["reason"] == "unparsed: withheld by the server's content filter"
+
+
+@pytest.mark.parametrize("base, path", [
+    ("/v1", "/v1"), ("", "/v1"), ("/v1beta/openai/", "/v1beta/openai"),
+    ("/api/paas/v4", "/api/paas/v4"), ("/x/chat/completions", "/x")])
+def test_base_urls_are_those_of_the_vendors(run_ei, server, tmp_path, base, path):
+    """The client asks Gemini's .../v1beta/openai for .../v1beta/openai/v1/chat/completions: 404."""
+    url = server.url.removesuffix("/v1") + base
+    assert run_ei(*flags(server, tmp_path / "p.jsonl"), *ONE, "--teacher", url)[0] == 0
+    assert server.path == path + "/chat/completions"
+
+
 def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
-    def body(content, reason="stop"):
-        return json.dumps({"choices": [{"index": 0, "finish_reason": reason,
-                                        "message": {"role": "assistant",
-                                                    "content": content}}],
-                           "usage": {"prompt_tokens": 7}}).encode()
-    server.faults = [body("x" * 10_000_000), body(None), body(GOOD, "length"), 400,
+    server.faults = [body("x" * 10_000_000), body(None), body(GOOD, "length"), 400, 200,
                      body(GOOD.replace("4 hens", "4 hens \ud800")),
-                     body("<think>PROBE: no</think>DECLINE"), "as SGLang"]
+                     body("<think>PROBE: no</think>DECLINE"), "as SGLang", 200]
     path = tmp_path / "p.jsonl"
     code, _, err = run_ei(*flags(server, path), "--concurrency", "1", "--limit", "1")
     server.faults = []
@@ -598,7 +707,9 @@ def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
     assert code == 0 and line["declined"] == ["R6"], err
     assert [one["reason"] for one in line["rejected"]] == [
         "unparsed: longer than 10,000 characters", "unparsed: no PROBE line",
-        "unparsed: cut off by the token limit", *["unparsed: prompt too long for the model"] * 2]
+        "unparsed: cut off by the token limit",
+        "unparsed: refused by the server: the context window is N",
+        "unparsed: refused by the server: longer than its context"]
     assert line["probes"][0]["probe"].startswith("4 hens ?")  # half a character cannot be stored
     assert server.options == {"model": "dummy", "max_tokens": 512, "temperature": 0, "seed": 0,
                               "stream": False}
@@ -704,6 +815,17 @@ def test_dry_run_prints_every_prompt_and_the_bill(run_ei):
     code, out, _ = run_ei("--teacher", "http://x", "--data", QUESTIONS, "--dry-run")
     assert code == 0 and all(rule.definition in out for rule in ei.RULES.values())
     assert "12 questions: 120 calls for reasoning and probes, at most 120 more for Eq. 1" in out
+
+
+def test_letters_that_a_terminal_lacks_are_replaced(tmp_path):
+    """A Windows terminal, or a pipe, is cp1252: the dry run ended in a UnicodeEncodeError."""
+    path = tmp_path / "q.jsonl"
+    question = "How many is \u221a4 + \u03b1, if \u03b1 = 13?"
+    path.write_text(json.dumps(NUMBER_ROW | {"question": question}))
+    done = subprocess.run([sys.executable, "ei.py", "--dry-run", "--data", str(path)],
+                          cwd=os.path.dirname(HERE), capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"How many is ?4 + ?, if" in done.stdout, done.stderr[-300:]
 
 
 # ------------------------------------------------------------------------------------- the datasets
