@@ -641,7 +641,8 @@ def load_questions(source: str, split: str = "train", limit: int | None = None) 
         for i, row in enumerate(fetch(source, split)):
             texts = read_row(source, row)
             row = texts and dict(zip(keys, (f"{source}-{split}-{i}", *map(str.strip, texts))))
-            if row and exgrpo.can_be_right(row):  # some gold answers could not be graded
+            if row and reward.is_correct(f"The answer is {row['answer']}.", row["answer"],
+                                         row["answer_type"]):  # else it could not be graded
                 questions.append(row)
             if len(questions) == limit:
                 break
@@ -739,7 +740,7 @@ def main():
             write_probes(teacher, student, questions, finished, file, args)
     report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
-    student = exgrpo.shown(args.student or "STUDENT")
+    student = args.student or "STUDENT"
     print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}\n"
           f"next: python exgrpo.py --student {student} --probes {args.out}")
 

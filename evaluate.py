@@ -46,10 +46,8 @@ def load_items(sources, split, limit):
     for source in sources:
         is_file = source.endswith(".jsonl")
         data = os.path.basename(source).removesuffix(".jsonl") if is_file else f"{source}.{split}"
-        if is_file and exgrpo.is_probes_file(source):
-            rows = exgrpo.read_probes(source)[1][:limit]
-        else:
-            rows = ei.load_questions(source, split)[:limit]
+        rows = exgrpo.read_questions(source) if is_file else ei.load_questions(source, split)
+        rows = rows[:limit]
         if not rows:
             raise UserError(f"{source}: there is no question in it")
         if any(item["data"] == data for item in items):
@@ -78,8 +76,11 @@ def answer(name, items, args, path):
     """Asks the model every item -> rows; each is on disk before the next batch is asked."""
     device = exgrpo.pick_device(args.device)
     model, chat = exgrpo.load_model(name, device)
-    prompts = [chat.prompt([exgrpo.ask(item["question"], item["answer_type"])]) for item in items]
-    check_lengths(model, items, prompts, args.max_new_tokens)
+    prompts = [chat.first(exgrpo.user_turn(item)) for item in items]
+    for item, prompt in zip(items, prompts):
+        if len(prompt) >= exgrpo.context_size(model):
+            raise UserError(f"{item['data']}: the prompt of {item['id']} has {len(prompt)} tokens, "
+                            f"the model reads {exgrpo.context_size(model)}: leave it out")
     print(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, fp32 on {device}; "
           f"{len(items):,} prompts of {sum(map(len, prompts)):,} tokens; a greedy answer and "
           f"{args.samples} samples to each, at most {args.max_new_tokens} tokens; batches of "
@@ -87,8 +88,7 @@ def answer(name, items, args, path):
     generator = torch.Generator(device).manual_seed(args.seed % 2 ** 63)
     rows = []
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with (open(path, "x", encoding="utf-8") as file, exgrpo.packed(model),
-          tqdm(total=len(items), unit="question") as bar):
+    with open(path, "x", encoding="utf-8") as file, tqdm(total=len(items), unit="question") as bar:
         write_line(file, {"evaluate": vars(args) | {"asked": name, "torch": torch.__version__}})
         for start in range(0, len(items), args.batch_size):
             batch = slice(start, start + args.batch_size)
@@ -103,33 +103,25 @@ def answer(name, items, args, path):
     return rows
 
 
-def check_lengths(model, items, prompts, max_new_tokens):
-    """A prompt and its answer must fit the model's context."""
-    limit = exgrpo.context_size(model)
-    for item, prompt in zip(items, prompts):
-        if len(prompt) + max_new_tokens > limit:
-            raise UserError(f"{item['data']}: the prompt of {item['id']} has {len(prompt)} tokens; "
-                            f"with --max-new-tokens {max_new_tokens} its {limit} are not enough")
-
-
 def sample_texts(model, chat, prompts, args, generator):
     """--samples replies to each prompt, drawn from the model as it is (temperature 1)."""
     texts = [[] for _ in prompts]
     widths = [(len(prompt) + args.max_new_tokens) * args.samples for prompt in prompts]
     for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
-        replies = exgrpo.sample(model, [prompts[i] for i in batch], temperature=1.0,
-                                max_new_tokens=args.max_new_tokens, stop_ids=chat.stop_ids,
-                                group_size=args.samples, generator=generator).replies
+        replies, _, _ = exgrpo.sample(
+            model, [prompts[i] for i in batch], temperature=1.0, stop_ids=chat.stop_ids,
+            max_new_tokens=args.max_new_tokens, group_size=args.samples, generator=generator)
         for place, ids in enumerate(replies):
             texts[batch[place // args.samples]].append(chat.decode(ids))
     return texts
 
 
 def grade(row):
-    """Adds what reward.py reads as the answer (None: it cannot be read), and its verdicts."""
-    gold = row["answer"], row["answer_type"]
-    return row | {"extracted": reward.extract_answer(row["output"], row["answer_type"]),
-                  "correct": reward.is_correct(row["output"], *gold),
+    """Adds what reward.py reads as the answer (None: it cannot be read), and its verdicts. A reply
+    that was cut by the token limit states nothing."""
+    gold, output = (row["answer"], row["answer_type"]), "" if row["truncated"] else row["output"]
+    return row | {"extracted": reward.extract_answer(output, row["answer_type"]),
+                  "correct": reward.is_correct(output, *gold),
                   "samples_correct": sum(reward.is_correct(text, *gold) for text in row["samples"])}
 
 
@@ -338,10 +330,11 @@ def seeds_together(runs):
     groups = {}
     for run in runs:
         try:
-            settings = exgrpo.read_json(os.path.join(run, "run.json"))
+            with open(os.path.join(run, "run.json"), encoding="utf-8") as file:
+                settings = json.load(file)
             student = str(settings.get("student")).removesuffix(f"-{settings.get('seed')}")
             settings = json.dumps(settings | {"seed": None, "student": student}, sort_keys=True)
-        except (OSError, UserError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             settings = run  # unknown: it stands alone
         groups.setdefault(settings, []).append(run)
     names = [os.path.basename(os.path.abspath(group[0])) for group in groups.values()]
@@ -428,8 +421,6 @@ def main(argv=None):
         rows, baseline = map(read_outputs, args.compare)
         return write_report(report(rows, baseline, args.seed), args.out)
     items = load_items(args.data, args.split, args.limit)
-    if args.baseline:
-        exgrpo.find_model(args.baseline)  # a mistake in its name should not wait for the end
     outputs = os.path.join(args.out, "outputs.jsonl")
     rows = answer(args.model, items, args, outputs)
     baseline = None

@@ -13,6 +13,8 @@ The results, OUT/*.json, are a line each and name no folder. tests/data/ablation
 behind README.md's tables: --known takes them as they are and runs only what is missing.
 """
 import concurrent.futures
+import hashlib
+import json
 import math
 import os
 import statistics
@@ -114,7 +116,8 @@ def run(args, name, seed):
     probes, result = folder + ".jsonl" if change else args.probes, folder + ".json"
     start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
     if os.path.exists(result):  # the run was finished
-        known = exgrpo.read_json(result)
+        with open(result) as file:
+            known = json.load(file)
         table = known.pop("table")
         if known != key:
             raise exgrpo.UserError(f"{folder} was made by another command, or of another D_EI: "
@@ -122,9 +125,8 @@ def run(args, name, seed):
         return table
     if change:
         header, rows = exgrpo.read_probes(args.probes)
-        with exgrpo.atomic(probes) as file:
-            rows = change(rows, np.random.default_rng(seed))
-            file.writelines(map(ei.dump, [{"ei": header}, *rows]))
+        lines = [{"ei": header}, *change(rows, np.random.default_rng(seed))]
+        exgrpo.write_whole(probes, lambda file: file.writelines(map(ei.dump, lines)))
     resume = ["--resume"] if os.path.exists(folder) else []
     with open(folder + ".log", "a") as log:
         code = subprocess.run(
@@ -133,12 +135,11 @@ def run(args, name, seed):
              *resume],
             stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
-        raise exgrpo.UserError(f"the run {folder} ended with code {code}; its words are in "
-                               f"{folder}.log")
-    counts = exgrpo.read_json(os.path.join(folder, "eval.json"))[exgrpo.AFTER]
-    table = {file: 100 * right / n for file, (right, n, _) in counts.items()}
-    with exgrpo.atomic(result) as file:
-        file.write(ei.dump(key | {"table": table}))
+        raise exgrpo.UserError(f"the run {folder} ended with code {code}: see {folder}.log")
+    with open(os.path.join(folder, "eval.json")) as file:
+        verdicts = list(json.load(file).values())[-1]  # at the run's end, {file: "0110..."}
+    table = {name: 100 * each.count("1") / len(each) for name, each in verdicts.items()}
+    exgrpo.write_whole(result, lambda file: file.write(ei.dump(key | {"table": table})))
     return table
 
 
@@ -212,7 +213,7 @@ def print_tables(args, found):
 
 
 def main():
-    parser = exgrpo.Parser(__doc__.split("\n\n")[0])
+    parser = exgrpo.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="runs/ablation", help="folder of all runs")
     parser.add_argument("--probes", default=os.path.join(ROOT, "toy", "probes.jsonl"), help="D_EI")
     parser.add_argument("--seeds", type=exgrpo.at_least(1), default=5, help="runs of each arm")
@@ -225,7 +226,8 @@ def main():
     args, args.others = parser.parse_known_args()
     args.arms = args.arms or list(ARMS)
     os.makedirs(args.out, exist_ok=True)
-    args.digest = exgrpo.sha256_of(args.probes)
+    with open(args.probes, "rb") as file:
+        args.digest = hashlib.sha256(file.read()).hexdigest()
     print_tables(args, run_all(args))
 
 

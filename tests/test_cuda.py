@@ -56,11 +56,11 @@ def gaps(model, dialogue, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dialogues_are_sampled_as_the_model_says(moved, replays, kind):
-    """A graph replays addresses: of a store that has since been grown, of rows that have left, or
+    """A graph replays addresses: of a store that has since been grown, of rows that were forked, or
     of the turn before, it would read another row's past. Groups of eight over several turns, whose
     rows end at different times and pass the 128 slots at which the cache grows, and their forks."""
     model, chat = moved(kind)
-    full, partial = exgrpo.converse(model, chat, SCRIPTS, ARGS, generator(), [1, 0])
+    full, partial = exgrpo.sample_dialogues(model, chat, SCRIPTS, ARGS, generator(), [1, 0])
     assert len({len(ids) for dialogue in full for ids in dialogue.replies}) > 8
     assert max(len(dialogue.ids) for dialogue in full) > 256
     for dialogue in full + partial:
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_recorded_is_sampled_all_the_same(moved, replays)
     use from there on.)"""
     model, chat = moved("llama")
     model.model.norm.register_forward_hook(lambda *_: _[-1] * (1 + 0 * int(_[-1].sum().isnan())))
-    full, _ = exgrpo.converse(model, chat, SCRIPTS, ARGS, generator())
+    full, _ = exgrpo.sample_dialogues(model, chat, SCRIPTS, ARGS, generator())
     for dialogue in full:
         assert gaps(model, dialogue, 0.7).abs().max() < 2e-3
     assert replays["recorded"] == 3 and replays["replayed"] == 0
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_cpu(loaded, moved, kind, monkeypatch):
         recorder = test_loss.Recorder(model.parameters())
         metrics = exgrpo.update(model, lambda: contextlib.nullcontext(model), recorder,
                                 copy.deepcopy(dialogues), advantages, teacher,
-                                test_loss.changed(bf16=bf16), "test")
+                                test_loss.changed(bf16=bf16))
         return recorder.gradients[-1].cpu(), metrics
     there, _ = moved(kind)
     (ours, metrics), (theirs, _) = gradient(there), gradient(model)

@@ -789,7 +789,7 @@ def test_bad_rows_name_their_line(run_ei, tmp_path, change, words):
     (["--data", "gsm9k"],
      "sqa, csqa, arc, math, gsm8k, tabmwp, anli, date, boolq, obqa, esnli, gsm8k_rev"),
     (["--data", "."], "neither a .jsonl file"),
-    (["--data", "missing.jsonl"], "cannot read missing.jsonl"),
+    (["--data", "missing.jsonl"], "No such file or directory: 'missing.jsonl'"),
     (["--data", "gsm8k", "--split", "dev"], "--split dev"), (["--rules", "R1,R11"], "--rules"),
     (["--data", "gsm8k_rev"], "gsm8k_rev has no such split"), (["--rules", "R1,R1"], "--rules"),
     (["--tau-hard", "-1"], "--tau-hard"), (["--limit", "0"], "--limit"),
@@ -797,7 +797,7 @@ def test_bad_rows_name_their_line(run_ei, tmp_path, change, words):
     (["--student", "x", "--rules", "R8"], "--tau-hard 1 with 1 --rules keeps no question"),
     (["--out", "no/such/folder/p.jsonl"], "no/such/folder"),
     (["--report", QUESTIONS], "no D_EI file"),
-    (["--report", "missing.jsonl"], "cannot read")])
+    (["--report", "missing.jsonl"], "No such file or directory: 'missing.jsonl'")])
 def test_bad_flags_end_in_one_line(run_ei, flags, words):
     code, _, err = run_ei("--teacher", "http://x", "--data", QUESTIONS, *flags)
     assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: ")

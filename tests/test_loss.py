@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-import sys
+import statistics
 import types
 
 import pytest
@@ -66,7 +66,7 @@ def test_equal_rewards_have_advantage_exactly_zero(value, members, dtype):
 
 
 def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(AssertionError, match="group of one"):
         exgrpo.group_advantages(torch.ones(3, 1))
 
 
@@ -94,6 +94,30 @@ def test_the_ratio_is_per_token():
     loss.backward()
     assert loss.item() == pytest.approx(-(1.2 + 0.5) / 2) and stats["clip_share"] == 0.5
     assert logps.grad.tolist()[0] == pytest.approx([0.0, -0.5 / 2])
+
+
+def test_an_advantage_may_stand_at_each_token():
+    """(B,) is the same as (B, T) with equal rows; and one token's advantage moves that token
+    alone: the place where someone else's idea of credit goes in."""
+    case = TRL["cases"][0]
+    logps, old, ref, advantages, mask = trl_inputs(case)
+    logps.requires_grad_()
+
+    def loss_and_gradient(advantages):
+        loss, stats = exgrpo.policy_loss(logps, old, ref, advantages, mask, epsilon=0.2, beta=0.04)
+        return loss, *stats.values(), torch.autograd.grad(loss, logps)[0]
+    whole = loss_and_gradient(advantages)
+    spread = advantages[:, None].expand(logps.shape).clone()
+    assert all(torch.equal(a, b) for a, b in zip(whole, loss_and_gradient(spread), strict=True))
+    # a trained token whose ratio is not clipped: its gradient must follow its advantage
+    free = mask.bool() & ((logps - old).exp() - 1).abs().lt(0.2)
+    b, t = free.nonzero()[0].tolist()
+    spread[b, t] += 1.0
+    moved = loss_and_gradient(spread)[-1] - whole[-1]
+    assert moved[b, t].item() == pytest.approx(
+        -(logps - old).exp()[b, t].item() / mask.sum().item())
+    moved[b, t] = 0.0
+    assert moved.abs().max() == 0
 
 
 def test_ratio_one_has_the_gradient_of_reinforce():
@@ -162,40 +186,119 @@ def test_padding_may_hold_anything_and_inputs_stay_as_they_are():
 
 # ------------------------------------------------------------------ the bonus and what a group is
 
+def answers(chat, *texts, cut=()):
+    """One-turn dialogues that answer so; those whose places are in `cut` hit the token limit."""
+    dialogues = [exgrpo.Dialogue() for _ in texts]
+    for i, (dialogue, text) in enumerate(zip(dialogues, texts)):
+        dialogue.add_user(chat.first("Why?"))
+        dialogue.add_reply(chat.encode(f"The answer is {text}")
+                           + ([] if i in cut else chat.encode(".") + [chat.end_id]), chat)
+    return dialogues
+
+
+def question(answer):
+    return {"answer": answer, "answer_type": "number"}
+
+
+def played(chat, full, partial):
+    """The rollout of one question, gold 3: two strings of answers, as "334"."""
+    return exgrpo.Rollout([question("3")], [[question("5")]], answers(chat, *full),
+                          answers(chat, *partial))
+
+
+def advantages_of(chat, rollout, variant, delta=0.5):
+    """As a step forms them -> (2, G)."""
+    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, delta, 1.0)
+    return exgrpo.dialogue_advantages(outcomes, rewards, variant)[:, 0]
+
+
+VARIANTS = ["added", "separate", "pooled"]
+
+
 def test_the_bonus_reaches_the_advantages(loaded):
     """D25: dead, or paid the other way round, it would look like one that works, as long as the
     rewards rise for other reasons."""
     _, chat = loaded("llama")
+    rollout = exgrpo.Rollout([question("3")] * 2, [[question("5")]] * 2,
+                             answers(chat, *"334344"),   # 2/3, paid; 1/3, not paid
+                             answers(chat, *"344334"))   # 1/3; 2/3
+    args = types.SimpleNamespace(group_size=3, partial="forked")
 
-    def answers(*texts):
-        dialogues = [exgrpo.Dialogue() for _ in texts]
-        for dialogue, text in zip(dialogues, texts):
-            dialogue.add_user(chat.first("Why?"))
-            dialogue.add_reply(chat.encode(f"The answer is {text}.") + [chat.end_id], chat)
-        return dialogues
-    probe = {"answer": "5", "answer_type": "number"}
-    played = exgrpo.Rollout([{"answer": "3", "answer_type": "number"}] * 2, [[probe], [probe]],
-                            answers("3", "3", "4", "3", "4", "4"),   # 2/3, paid; 1/3, not paid
-                            answers("3", "4", "4", "3", "3", "4"))   # 1/3; 2/3
-    args = types.SimpleNamespace(group_size=3, delta=0.5, nu=1.0, advantage="added",
-                                 partial="forked")
-    advantages, metrics = exgrpo.pay(chat, played, args)
+    def step(delta):
+        outcomes, rewards = exgrpo.compute_rewards(chat, rollout, delta, 1.0)
+        advantages = exgrpo.dialogue_advantages(outcomes, rewards, "added")
+        return advantages.flatten().tolist(), exgrpo.rollout_metrics(
+            chat, rollout, outcomes, rewards, advantages, args)
+    advantages, metrics = step(0.5)
     most, least = 2 / 3 / (3 ** -0.5 + 1e-4), 1 / 3 / (3 ** -0.5 + 1e-4)
     two, one = [least, least, -most], [most, -least, -least]   # right of three, without bonus
     expected = [least + 0.5, least + 0.5, -most, *one, *one, *two]
-    assert advantages.tolist() == pytest.approx(expected)
+    assert advantages == pytest.approx(expected)
     assert metrics["bonus_share"] == 0.5 and metrics["unparsed"] == 0
     assert metrics["acc_full"] == metrics["acc_partial"] == 0.5 and metrics["acc_probes"] == 0
     assert metrics["reward"] == pytest.approx((2 * 1.5 + 1 + 1 + 2) / 12)
-    args.delta = 0.0
-    advantages, metrics = exgrpo.pay(chat, played, args)
-    assert advantages.tolist() == pytest.approx([*two, *one, *one, *two])
+    advantages, metrics = step(0.0)
+    assert advantages == pytest.approx([*two, *one, *one, *two])
     assert metrics["bonus_share"] == 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("replaced, by", [
+    ("total_rewards", lambda full, partial, *_: ([-x for x in full], [-x for x in partial])),
+    ("total_rewards", lambda full, partial, *_: ([0] * len(full), [0] * len(partial))),
+    ("dsu_bonus", lambda *_: -2.0)])
+def test_training_calls_the_equation_that_the_reader_is_shown(loaded, monkeypatch, variant,
+                                                              replaced, by):
+    """Our own bug: Eq. 6 stood twice. What reward.py shows served the log only, and garbage in its
+    place changed no advantage."""
+    _, chat = loaded("llama")
+    rollout = played(chat, "334", "344")
+    before = advantages_of(chat, rollout, variant)
+    monkeypatch.setattr(reward, replaced, by)
+    assert (advantages_of(chat, rollout, variant) - before).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_bonus_is_paid_to_right_full_dialogues_only(loaded, variant):
+    """By hand, full dialogues 2/3 right and partial 1/3: rewards 1.5, 1.5, 0 and 1, 0, 0. A bonus
+    that wrong full dialogues get too would leave the reward's own order, and differ here: under
+    "separate" only by a few parts in 10^5."""
+    _, chat = loaded("llama")
+
+    def normalised(rewards, of=None):
+        of = of or rewards
+        return [(x - statistics.mean(of)) / (statistics.stdev(of) + 1e-4) for x in rewards]
+    full, partial = [1.5, 1.5, 0.0], [1.0, 0.0, 0.0]
+    expected = {
+        "added": [[x + 0.5 * right for x, right in zip(normalised([1, 1, 0]), (1, 1, 0))],
+                  normalised(partial)],
+        "separate": [normalised(full), normalised(partial)],
+        "pooled": [normalised(full, full + partial), normalised(partial, full + partial)]}
+    ours = advantages_of(chat, played(chat, "334", "344"), variant)
+    assert torch.allclose(ours, tensor(expected[variant]), rtol=0, atol=1e-9)
+
+
+def test_a_reply_that_was_cut_earns_nothing(loaded):
+    """"The answer is 12", cut out of 1225, was paid where the gold answer is 12. D21: it is counted
+    as truncated, too."""
+    _, chat = loaded("llama")
+    rollout = exgrpo.Rollout([question("12")], [[question("12")]],
+                             answers(chat, "12", "12", cut=[0]), answers(chat, "12", "12", cut=[1]))
+    assert chat.decode(rollout.full[0].replies[-1]) == "The answer is 12"
+    assert not exgrpo.is_right(chat, rollout.full[0], -1, question("12"))
+    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, 0.5, 1.0)
+    assert outcomes.tolist() == rewards.tolist() == [[[0, 1]], [[1, 0]]]
+    metrics = exgrpo.rollout_metrics(
+        chat, rollout, outcomes, rewards, torch.zeros_like(rewards),
+        types.SimpleNamespace(group_size=2, partial="forked"))
+    assert metrics["truncated"] == metrics["acc_full"] == metrics["acc_probes"] == 0.5
+
+
 def paid(full, partial, delta, variant):
-    bonus = reward.dsu_bonus(full, partial, delta, 1.0)
-    return exgrpo.dialogue_advantages(tensor([full]), tensor([partial]), tensor([bonus]), variant)
+    """Outcomes of one question's dialogues -> their advantages, (2, G)."""
+    rewards = reward.total_rewards(full, partial, delta, 1.0)
+    return exgrpo.dialogue_advantages(
+        tensor([full, partial])[:, None], tensor(rewards)[:, None], variant)[:, 0]
 
 
 def test_separate_normalisation_cancels_the_bonus():
@@ -204,29 +307,41 @@ def test_separate_normalisation_cancels_the_bonus():
     for delta in (0.1, 0.5, 5.0):
         assert torch.allclose(paid([1, 1, 1, 0], [0, 0, 0, 0], delta, "separate")[0], without,
                               atol=1e-3)
-    assert torch.allclose(without, tensor([[0.5, 0.5, 0.5, -1.5]]), atol=1e-3)
+    assert torch.allclose(without, tensor([0.5, 0.5, 0.5, -1.5]), atol=1e-3)
 
 
 def test_pooled_normalisation_can_punish_correct_partial_dialogues():
     full, partial = paid([1, 1, 1, 1], [1, 1, 1, 0], 0.5, "pooled")
-    assert torch.allclose(partial[0, :3], tensor([-0.2415] * 3), atol=1e-3)
+    assert torch.allclose(partial[:3], tensor([-0.2415] * 3), atol=1e-3)
     assert (full > 0).all()
 
 
 THREE = list(itertools.product([0, 1], repeat=3))
 
 
-@pytest.mark.parametrize("full, partial", list(itertools.product(THREE, THREE)))
-def test_added_bonus_pays_correct_full_dialogues_only(full, partial):
+@pytest.mark.parametrize("full", THREE)
+def test_added_bonus_pays_correct_full_dialogues_only(full):
     """Over every outcome of two groups of three: the bonus lifts correct full dialogues by delta,
     changes no other advantage, and nothing correct is below 0."""
-    base = paid(full, partial, 0.0, "added")
-    ours = paid(full, partial, 0.5, "added")
-    earned = 0.5 if sum(full) > sum(partial) else 0.0
-    assert torch.allclose(ours[0] - base[0], earned * tensor([full]))
-    assert torch.equal(ours[1], base[1])
-    assert ((ours[0][tensor([full]) == 1] >= 0).all()
-            and (ours[1][tensor([partial]) == 1] >= 0).all())
+    for partial in THREE:
+        base = paid(full, partial, 0.0, "added")
+        ours = paid(full, partial, 0.5, "added")
+        earned = 0.5 if sum(full) > sum(partial) else 0.0
+        assert torch.allclose(ours[0] - base[0], earned * tensor(full))
+        assert torch.equal(ours[1], base[1])
+        assert (ours[tensor([full, partial]) == 1] >= 0).all()
+
+
+def test_without_probes_it_is_plain_grpo(loaded):
+    """--turns 0: full dialogues only, and the advantage of their outcomes under each variant."""
+    _, chat = loaded("llama")
+    rollout = exgrpo.Rollout([question("3"), question("4")], [[], []], answers(chat, *"334344"), [])
+    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, 0.5, 1.0)
+    assert outcomes.tolist() == rewards.tolist() == [[[1, 1, 0], [0, 1, 1]]]
+    for variant in VARIANTS:
+        assert torch.allclose(exgrpo.dialogue_advantages(outcomes, rewards, variant)[0],
+                              exgrpo.group_advantages(outcomes[0]), rtol=0, atol=1e-12)
+
 
 
 # -------------------------------------------------------------------- log-probs and whole gradients
@@ -244,11 +359,11 @@ def changed(**values):
 def test_token_logprobs_padded_equal_unpadded(loaded, kind):
     """D6, D8: right-padded rows of ragged lengths, at exactly the places of the mask, equal the
     plain log_softmax of each row alone. A mask that is off by one speaks of the neighbouring
-    token. The gradients are the plain ones, too: head_logps has a backward pass of its own."""
+    token. The gradients are the plain ones, too."""
     model, _ = loaded(kind)
     rows = [[5, 17, 9, 40, 262, 262, 7], [8, 262, 3], [11, 12, 13, 14, 15]]
     masks = [[0, 0, 1, 1, 1, 0, 1], [0, 1, 1], [0, 1, 0, 1, 0]]
-    ids, mask = exgrpo.pad_rows(rows, masks, model.device)
+    ids, mask = (exgrpo.pad_rows(x, model.device) for x in (rows, masks))
     ours = exgrpo.token_logprobs(model, ids, mask, 0.7)
     assert ours.shape == (3, 6)
     expected = torch.zeros(3, 6)
@@ -265,26 +380,22 @@ def test_token_logprobs_padded_equal_unpadded(loaded, kind):
 
 def test_chunked_head_has_the_same_values_and_gradients(loaded, monkeypatch):
     """D29: with a large vocabulary the logits are formed in chunks, at trained tokens only, and
-    again in the backward pass: kept for it, all chunks would be in memory at once after all. Two
-    may be kept: they spare a twentieth of a step. The softmax of a chunk goes block by block."""
+    again in the backward pass: kept for it, all chunks would be in memory at once after all."""
     model, _ = loaded("qwen2")
     ids = torch.randint(2, 260, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.6
     n_tokens, V = int(mask[:, 1:].sum()), model.config.vocab_size
-    assert 24 < n_tokens <= 40
-    results, rows, blocks, own = [], [], [], exgrpo.in_fp32
+    assert 20 < n_tokens <= 40
+    results, rows = [], []
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0])))
-    monkeypatch.setattr(exgrpo, "in_fp32", lambda model, x: blocks.append(len(x)) or own(model, x))
-    for held, cached, n_chunks, passes in ((2 ** 26, 2 ** 20, 1, 1), (20 * V, 7 * V, 2, 1),
-                                           (19 * V // 2, V, 4, 2)):
+    for held, n_chunks, passes in ((2 ** 26, 1, 1), (20 * V, 2, 2), (n_tokens * V // 4, 4, 2)):
         monkeypatch.setattr(exgrpo, "LOGITS_HELD", held)
-        monkeypatch.setattr(exgrpo, "LOGITS_BLOCK", cached)
         model.zero_grad()
-        rows.clear(), blocks.clear()
+        rows.clear()
         logps = exgrpo.token_logprobs(model, ids, mask)
-        assert len(rows) == n_chunks and sum(rows) == n_tokens and max(rows) * V <= held
-        assert sum(blocks) == n_tokens and max(blocks) == min(cached // V, max(rows))
+        assert len(rows) in (n_chunks, n_chunks + 1) and sum(rows) == n_tokens
+        assert max(rows) * V <= held
         (logps * torch.arange(19)).sum().backward()
         assert sum(rows) == passes * n_tokens
         results.append([logps.detach()] + [p.grad.clone() for p in model.parameters()])
@@ -310,7 +421,7 @@ def a_step(model, chat, seed=0):
     hand."""
     scripts = [["Why?", "So? " * 4, "The question"], ["What if?", "Then?", "The other"]]
     rng = torch.Generator().manual_seed(seed)
-    full, partial = exgrpo.converse(model, chat, scripts, ARGS, rng, [1, 0])
+    full, partial = exgrpo.sample_dialogues(model, chat, scripts, ARGS, rng, [1, 0])
     probes = [[{"probe": "Why?", "rationale": "So.", "answer": "3", "answer_type": "number"}] * n
               for n in (1, 2)]
     advantages = torch.linspace(-1.0, 1.1, 12, dtype=torch.float64)
@@ -336,7 +447,7 @@ def gradient_of(model, chat, args, advantages=None, reference=None, order=None):
         dialogues, advantages = [dialogues[i] for i in order], advantages[order]
     recorder = Recorder(model.parameters())
     metrics = exgrpo.update(model, lambda: contextlib.nullcontext(reference or model), recorder,
-                            dialogues, advantages, teacher, args, "test")
+                            dialogues, advantages, teacher, args)
     return recorder.gradients[-1], metrics
 
 
@@ -346,36 +457,33 @@ def loose_clip(monkeypatch):
     monkeypatch.setattr(exgrpo, "MAX_GRAD_NORM", 1e9)
 
 
-def planted(model, dialogues, budget):
+def packed_logprobs(model, dialogues, budget):
     """Log-probs (B, T-1) in the order of the dialogues, and the places that were forwarded."""
     values, places = [None] * len(dialogues), 0
-    for chosen, forest in exgrpo.plant_batches(dialogues, model, budget):
-        places += forest.ids.numel()
-        for b, row in zip(chosen, exgrpo.tree_logprobs(model, forest, 0.7)):
+    for members, trees in exgrpo.pack(dialogues, budget, model.device):
+        places += trees.ids.numel()
+        for b, row in zip(members, exgrpo.tree_logprobs(model, trees, 0.7)):
             values[b] = row[:len(dialogues[b].ids) - 1]
     return values, places
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1, 300, 10 ** 6])
-@pytest.mark.parametrize("by_runs", [True, False])
-def test_trees_equal_the_padded_form(loaded, kind, budget, by_runs, monkeypatch):
+def test_trees_equal_the_padded_form(loaded, kind, budget):
     """The training step reads what dialogues share once: a group's prompt, a pair up to its fork.
     A branch that saw its sibling, positions counted along the row, or a window measured in places
     would move these log-probs; a shared token that took one branch's gradient only would move the
-    gradient. Learned positions and windows of 24 tokens are among the kinds, T = 0.7. Attention is
-    by runs where it can be, or by masks, as on a GPU."""
+    gradient. Learned positions and windows of 24 tokens are among the kinds, T = 0.7."""
     model, chat = loaded(kind)
-    if not by_runs:
-        monkeypatch.setattr(exgrpo, "sees_runs", lambda *_: False)
     dialogues, _, teacher = a_step(model, chat)
-    dialogues += teacher + dialogues[:1] + [dialogues[0].fork(1)]  # a twin, and a prefix
-    ids, mask = exgrpo.pad_rows([d.ids for d in dialogues], [d.mask for d in dialogues],
-                                model.device)
+    twin = dialogues[0]
+    dialogues += teacher + [twin, exgrpo.Dialogue(twin.ids[:40], twin.mask[:40])]  # and a prefix
+    ids, mask = (exgrpo.pad_rows(x, model.device)
+                 for x in ([d.ids for d in dialogues], [d.mask for d in dialogues]))
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))[:, 1:]
     gradients = []
     padded = exgrpo.token_logprobs(model, ids, mask, 0.7)
-    ours, places = planted(model, dialogues, budget)
+    ours, places = packed_logprobs(model, dialogues, budget)
     for rows in (padded, ours):
         loss = sum((row * w[:len(row)]).sum() for row, w in zip(rows, weights))
         model.zero_grad()
@@ -395,13 +503,13 @@ def test_gradients_on_two_threads_are_the_same_bit_for_bit(loaded):
     model, _ = loaded("llama")
     generator = torch.Generator().manual_seed(0)
     shared, *own = [torch.randint(0, 250, (n,), generator=generator).tolist()
-                    for n in [500] + [20] * 64]
-    dialogues = [exgrpo.Dialogue(shared + ids, [1] * 520) for ids in own]
-    weights = torch.rand(64, 519, generator=generator)
+                    for n in [300] + [10] * 64]
+    dialogues = [exgrpo.Dialogue(shared + ids, [1] * 310) for ids in own]
+    weights = torch.rand(64, 309, generator=generator)
     threads, gradients = torch.get_num_threads(), []
     torch.set_num_threads(2)
     for _ in range(5):
-        rows, _ = planted(model, dialogues, 10 ** 6)
+        rows, _ = packed_logprobs(model, dialogues, 10 ** 6)
         (torch.stack(rows) * weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
@@ -411,61 +519,36 @@ def test_gradients_on_two_threads_are_the_same_bit_for_bit(loaded):
 
 def test_trees_hold_every_row_once_within_the_budget():
     """Shared beginnings stand once; memory is bounded by the budget however large the group."""
-    assert exgrpo.grow_trees([[1, 2, 3], [1, 2, 4]], 10, 64) == [[(0, [0, 1, 2]), (1, [0, 1, 3])]]
+    def packed(rows, budget):
+        return list(exgrpo.pack([exgrpo.Dialogue(row, [1] * len(row)) for row in rows], budget,
+                                torch.device("cpu")))
+    (_, trees), = packed([[1, 2, 3], [1, 2, 4]], 10)
+    assert trees.ids.tolist() == [[1, 2, 3, 4]] and trees.positions.tolist() == [[0, 1, 2, 2]]
+    assert trees.paths.tolist() == [[0, 1, 2], [0, 1, 3]]
+    assert (trees.visible[0] == torch.tensor(
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]])).all()
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 3, (n,), generator=generator).tolist() for n in range(1, 60)]
     rows += [rows[0] + rows[40], rows[50], rows[50][:20]]
     for budget in (1, 50, 90, 1000):
-        trees = exgrpo.grow_trees(rows, budget, 64)
-        assert sorted(b for tree in trees for b, _ in tree) == list(range(len(rows)))
-        for tree in trees:
-            places = {}
-            for b, path in tree:
-                assert all(places.setdefault(place, token) == token
-                           for place, token in zip(path, rows[b]))
-            assert sorted(places) == list(range(exgrpo.n_places(tree)))
-            assert len(places) <= budget or len(tree) == 1 or len(
-                {len(rows[b]) for b, _ in tree}) == 1
-
-
-def test_runs_say_what_the_mask_says():
-    """Random trees, with twins, prefixes, forks of forks and padding: each query looks at the runs
-    before its own and at its own up to itself, which must be what the dialogues' own order says."""
-    assert exgrpo.cut_into_runs([(0, [0, 1, 2]), (1, [0, 1, 3])], 5) == [
-        (2, []), (1, [0]), (1, [0]), (1, [])]
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, 2, (n,), generator=generator).tolist() for n in range(2, 30)]
-    rows += [rows[20], rows[27][:9], rows[27][:9] + rows[26]]
-    dialogues = [exgrpo.Dialogue(row, [1] * len(row)) for row in rows]
-    for budget in (40, 10 ** 6):
-        trees = exgrpo.grow_trees(rows, budget, sys.maxsize)
-        _, forest = exgrpo.plant(trees, dialogues, torch.device("cpu"))
-        cut = exgrpo.plant(trees, dialogues, torch.device("cpu"), by_runs=True)[1].runs
-        assert len(trees) == 2 or budget == 40  # one that begins with 0, one with 1
-        pairs = 0
-        for r, runs in enumerate(cut.trees):
-            seen = torch.zeros_like(forest.seen[r])
-            spans = torch.arange(len(seen)).split([n for n, _ in runs])
-            for i, (n, before) in enumerate(runs):
-                keys = torch.cat([spans[j] for j in (*before, i)])
-                mask = cut.mask(n, len(keys), 2).view(2, n, -1)
-                assert torch.equal(mask[0], mask[1])
-                seen[spans[i][:, None], keys] = mask[0] == 0
-                pairs += mask[0].numel()
-            places = exgrpo.n_places(trees[r])
-            assert torch.equal(seen[:places, :places], forest.seen[r, :places, :places])
-            assert seen.any(1).all(), "a row that sees nothing is nan"
-        assert pairs < forest.seen.numel()
+        batches = packed(rows, budget)
+        assert sorted(b for members, _ in batches for b in members) == list(range(len(rows)))
+        for members, trees in batches:
+            assert trees.ids.numel() <= budget or len(members) == 1
+            for b, path, mask in zip(members, trees.paths, trees.mask, strict=True):
+                path = path[:len(rows[b])]
+                assert trees.ids.flatten()[path].tolist() == rows[b]
+                assert trees.positions.flatten()[path].tolist() == list(range(len(path)))
+                assert mask.sum() == len(path)
 
 
 def test_long_dialogues_share_a_row_only_where_it_pays():
-    """In a tree, all pairs of tokens cost attention, seen or not, where it is done by masks: 8
-    dialogues of 1,000 tokens that share 20 must not become one row of 8,000; 8 replies of 60 to a
-    prompt of 100 must."""
+    """In a tree, all pairs of tokens cost attention, seen or not: 8 dialogues of 1,000 tokens that
+    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must."""
     long = [[1] * 20 + [b] * 980 for b in range(8)]
     short = [[1] * 100 + [b] * 60 for b in range(8)]
-    assert len(exgrpo.grow_trees(long, 10 ** 6, 576)) == 8
-    assert len(exgrpo.grow_trees(short, 10 ** 6, 576)) == 1
+    assert len(exgrpo.prefix_trees(long, 10 ** 6)) == 8
+    assert len(exgrpo.prefix_trees(short, 10 ** 6)) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -525,7 +608,7 @@ def test_dialogues_without_advantage_are_not_forwarded(loaded, loose_clip, monke
     whole, _ = gradient_of(model, chat, args, tiny_but_there)
     own = exgrpo.tree_logprobs
     monkeypatch.setattr(exgrpo, "tree_logprobs",
-                        lambda m, forest, *a: rows.append(len(forest.paths)) or own(m, forest, *a))
+                        lambda m, trees, *a: rows.append(len(trees.paths)) or own(m, trees, *a))
     skipped, _ = gradient_of(model, chat, args, advantages)
     assert sum(rows) == 6
     assert torch.allclose(whole, skipped, atol=1e-6)
@@ -540,7 +623,7 @@ def test_a_second_update_uses_the_stored_log_probs(loaded, loose_clip):
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
     try:
         metrics = exgrpo.update(model, lambda: contextlib.nullcontext(model), optimizer, dialogues,
-                                advantages, teacher, changed(updates=2, beta=0.0), "test")
+                                advantages, teacher, changed(updates=2, beta=0.0))
     finally:
         model.load_state_dict(state)
     assert metrics["clip_share"] > 0.01
@@ -554,7 +637,7 @@ def test_sft_ids_are_prompt_plus_reply_plus_end(loaded):
     chat = exgrpo.Chat(tiny_tokenizer(chat=False, seam=True), model)
     row = {"question": "the theme", "rationale": "and so.", "answer": "3", "answer_type": "number"}
     example = exgrpo.teacher_dialogue(chat, [row])
-    prompt = chat.first(exgrpo.ask("the theme", "number"))
+    prompt = chat.first(exgrpo.user_turn(row))
     answer = chat.encode(" and so. The answer is 3.")
     joint = chat.encode(chat.tokenizer.decode(prompt + answer))
     assert len(joint) < len(prompt + answer)  # ": " would be one token
@@ -570,8 +653,8 @@ def test_auxiliary_dialogue_trains_the_teachers_probe_replies_only(loaded):
     trained = [i for i, m in zip(dialogue.ids, dialogue.mask) if m]
     assert trained == chat.reply("So. The answer is 3.") + chat.reply("The answer is yes.")
     assert dialogue.ids == chat.prompt([
-        exgrpo.ask("Why?", "number"), "So. The answer is 3.",
-        exgrpo.ask("If?", "yesno")]) + chat.reply("The answer is yes.")
+        exgrpo.user_turn(probes[0]), "So. The answer is 3.",
+        exgrpo.user_turn(probes[1])]) + chat.reply("The answer is yes.")
 
 
 def test_micro_batches_hold_every_row_once():
@@ -594,6 +677,8 @@ def test_outcome_grades_the_last_reply_only(loaded):
     right = exgrpo.Dialogue()
     right.add_user(chat.first("Q?"))
     right.add_reply(chat.reply("The answer is 3."), chat)
-    rows = [{"answer": "3", "answer_type": "number"}]
-    outcomes, unread = exgrpo.outcomes(chat, [dialogue, right], rows, 2)
-    assert outcomes.tolist() == [[0.0, 1.0]] and unread == 0.5
+    rollout = exgrpo.Rollout([question("3")], [[]], [dialogue, right], [])
+    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, 0.5, 1.0)
+    assert outcomes.tolist() == [[[0.0, 1.0]]]
+    assert exgrpo.rollout_metrics(chat, rollout, outcomes, rewards, outcomes, types.SimpleNamespace(
+        group_size=2, partial="forked"))["unparsed"] == 0.5

@@ -103,9 +103,13 @@ def test_sizes():
 def test_the_student_has_the_reversal_curse():
     model, chat = exgrpo.load_model(exgrpo.TOY_STUDENT, torch.device("cpu"))
     probes = [probe for row in rows("ei_test.jsonl") for probe in row["probes"]]
-    forward, backward, probed = (
-        exgrpo.count_right(model, chat, items, max_new_tokens=64) / len(items)
-        for items in (rows("test.jsonl"), rows("test_reversed.jsonl"), probes))
+    def share_right(items):
+        prompts = [chat.first(exgrpo.user_turn(item)) for item in items]
+        replies = exgrpo.generate(model, chat, prompts, max_new_tokens=64)
+        return np.mean([reward.is_correct(text, item["answer"], item["answer_type"])
+                        for (text, _, _), item in zip(replies, items)])
+    forward, backward, probed = map(
+        share_right, (rows("test.jsonl"), rows("test_reversed.jsonl"), probes))
     assert 0.50 <= forward <= 0.85
     assert backward <= forward / 2
     assert backward < probed < forward
@@ -178,10 +182,10 @@ def test_the_paired_t_test_by_its_table():
 def sampled_accuracy(folder, questions):
     """Share of right answers among 8 sampled replies to each question, at temperature 1."""
     model, chat = exgrpo.load_model(folder, torch.device("cpu"))
-    prompts = [chat.prompt([exgrpo.as_asked(row)]) for row in questions]
-    replies = exgrpo.sample(model, prompts, max_new_tokens=48, temperature=1.0, group_size=8,
-                            stop_ids=chat.stop_ids,
-                            generator=torch.Generator().manual_seed(0)).replies
+    prompts = [chat.first(exgrpo.user_turn(row)) for row in questions]
+    replies, _, _ = exgrpo.sample(model, prompts, max_new_tokens=48, temperature=1.0, group_size=8,
+                                  stop_ids=chat.stop_ids,
+                                  generator=torch.Generator().manual_seed(0))
     return np.mean([reward.is_correct(chat.decode(ids), questions[i // 8]["answer"], "number")
                     for i, ids in enumerate(replies)])
 

@@ -1,5 +1,6 @@
 """The whole of exgrpo.py through its command line, on tiny random models."""
 import csv
+import io
 import json
 import os
 import shutil
@@ -7,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,12 +29,12 @@ def call(monkeypatch, *flags, expect=0):
     code."""
     monkeypatch.setattr(sys, "argv", ["exgrpo.py", *map(str, flags)])
     exgrpo.STOP.clear()
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as leaving:
             exgrpo.run(exgrpo.main)
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     assert (leaving.value.code or 0) == expect
 
@@ -56,6 +57,17 @@ def weights(folder):
     return load_file(os.path.join(folder, "model.safetensors"))
 
 
+def coin(chat, dialogue, turn, row):
+    """In place of is_right: random models are never right, so that all advantages would be 0, and
+    no dialogue trained."""
+    return sum(dialogue.replies[turn]) % 2 == 1
+
+
+@pytest.fixture
+def varied(monkeypatch):
+    monkeypatch.setattr(exgrpo, "is_right", coin)
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -67,22 +79,21 @@ def same(a, b):
     ("llama", ["--lora-rank", "2"]), ("gpt2", ["--lora-rank", "2", "--gradient-checkpointing"]),
     ("gemma3", ["--sft-epochs", "0", "--advantage", "separate", "--beta", "0",
                 "--aux-weight", "0"])])
-def test_a_run_leaves_a_plain_model_and_its_story(monkeypatch, capsys, tiny, tmp_path, kind, extra):
+def test_a_run_leaves_a_plain_model_and_its_story(monkeypatch, capsys, tiny, tmp_path, varied, kind,
+                                                  extra):
     out = tmp_path / "run"
     call(monkeypatch, "--student", tiny(kind), *SMALL, "--sft-epochs", 1, "--steps", 2,
          "--out", out, *extra)
     assert f"--model {out}" in capsys.readouterr().out
     assert [row["step"] for row in metrics(out)] == ["1", "2"]
     assert list(metrics(out)[0]) == exgrpo.METRICS
-    assert all(float(row["sampler_gap"]) < (0.5 if "--bf16" in extra else 1e-3)
+    assert all(0 < float(row["sampler_gap"]) < (0.5 if "--bf16" in extra else 1e-3)
                for row in metrics(out))
     assert "==== step 2, question" in (out / "dialogues.txt").read_text()
     model = AutoModelForCausalLM.from_pretrained(out)
     start = AutoModelForCausalLM.from_pretrained(tiny(kind)).state_dict()
     assert model.state_dict().keys() == start.keys()
-    if "--aux-weight" not in extra and "--turns" not in extra:
-        assert any(not torch.equal(start[name], value)
-                   for name, value in model.state_dict().items())
+    assert any(not torch.equal(start[name], value) for name, value in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(out).chat_template == (
         AutoTokenizer.from_pretrained(tiny(kind)).chat_template)
 
@@ -92,11 +103,11 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
     ids = torch.arange(2, 30)[None]
     before = model(ids).logits.detach()
     exgrpo.add_lora(model, 2, 8.0)
-    assert set(exgrpo.trainable(model)) and all(".A" in n or ".B" in n
-                                                for n in exgrpo.trainable(model))
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert adapters and all(name.endswith((".A", ".B")) for name in adapters)
     assert torch.equal(model(ids).logits, before)
     with torch.no_grad():
-        for name, parameter in exgrpo.trainable(model).items():
+        for parameter in adapters.values():
             parameter.normal_(std=0.3)
     moved = model(ids).logits.detach()
     assert not torch.allclose(moved, before, atol=1e-2)
@@ -111,10 +122,7 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_frozen_layers_in_bf16_change_no_bit(kind, tiny):
     """Autocast would cast frozen fp32 weights anew at each token; held in bf16 they are cast once.
-    Logits and the adapters' gradients must not notice, and the merged model has back what the
-    rounding took: with it went most of what the warm-up had taught."""
-    merged = []
-
+    Logits and the adapters' gradients must not notice."""
     def run(bf16):
         model, _ = exgrpo.load_model(tiny(kind), torch.device("cpu"))
         torch.manual_seed(0)
@@ -125,36 +133,65 @@ def test_frozen_layers_in_bf16_change_no_bit(kind, tiny):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(torch.arange(2, 30)[None]).logits
             logits.float().logsumexp(-1).sum().backward()
-        gradients = [p.grad for p in exgrpo.trainable(model).values()]
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
         exgrpo.merge_lora(model)
-        merged.append(list(model.parameters()))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
         return [logits.detach(), *gradients]
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
-    for a, b in zip(*merged, strict=True):
-        assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=2 ** -16, atol=0)
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"], ["--updates", "2"]])
+def test_pi_ref_is_the_policy_after_the_warm_up(monkeypatch, tiny, tmp_path, extra):
+    """The KL penalty holds the policy near OUT/sft. Held near --student, it would undo the warm-up.
+    And pi_ref stays there, while the policy moves."""
+    ids, seen, own = torch.arange(2, 30)[None], [], exgrpo.update
+
+    def logits(model):
+        with torch.no_grad():
+            return model(ids).logits
+
+    def update(policy, reference, *args):
+        before = logits(policy)
+        metrics = own(policy, reference, *args)
+        with reference() as ref:
+            seen.append((before, logits(ref)))
+        return metrics
+    monkeypatch.setattr(exgrpo, "update", update)
+    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 1, "--steps", 2,
+         "--out", tmp_path / "run", "--lr", "1e-2", "--sft-lr", "1e-2", *extra)
+    student, sft = (logits(AutoModelForCausalLM.from_pretrained(folder).eval())
+                    for folder in (tiny("llama"), tmp_path / "run" / "sft"))
+    assert not torch.allclose(student, sft, atol=1e-2)
+    (first, ref), (second, again) = seen
+    assert all(torch.allclose(x, sft, atol=1e-4) for x in (first, ref, again))
+    assert not torch.allclose(second, sft, atol=1e-2)
 
 
 @pytest.mark.parametrize("extra", [[], ["--lora-rank", "2"]])
-def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra):
+def test_killed_and_resumed_is_bit_identical(monkeypatch, tiny, tmp_path, varied, extra):
     """D28: SIGKILL in the warm-up, SIGKILL among the ExGRPO steps, then --resume: the same weights
     to the last bit, and the same logs, as the run that nobody disturbed. nano-aha repeats a batch
     here."""
-    flags = [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--student", tiny("llama"), *SMALL,
-             *extra, "--sft-epochs", "2", "--sft-batch-size", "24", "--steps", "6",
-             "--save-every", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0"}
+    flags = ["--student", tiny("llama"), *SMALL, *extra, "--sft-epochs", "2", "--sft-batch-size",
+             "24", "--steps", "6", "--save-every", "2", "--out"]
     quiet, broken = str(tmp_path / "quiet"), str(tmp_path / "broken")
-    subprocess.run([*flags, "--out", quiet], check=True, env=environment, capture_output=True)
+    code = ("import exgrpo, test_train, torch; torch.set_num_threads(1); "
+            "exgrpo.is_right = test_train.coin; exgrpo.run(exgrpo.main)")
+    environment = os.environ | {"PYTHONPATH": ROOT + os.pathsep + HERE}
     # header + 3 steps: one past a checkpoint
     for log, rows in (("sft.csv", 4), ("metrics.csv", 4)):
         resume = ["--resume"] if os.path.exists(broken) else []
-        process = subprocess.Popen([*flags, "--out", broken, *resume], env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-c", code, *flags, broken, *resume],
+                                   env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         wait_for_lines(os.path.join(broken, log), rows, process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    subprocess.run([*flags, "--out", broken, "--resume"], check=True, env=environment,
-                   capture_output=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    call(monkeypatch, *flags, broken, "--resume")
+    call(monkeypatch, *flags, quiet)
+    torch.set_num_threads(threads)
     assert same(weights(quiet), weights(broken))
     assert same(weights(os.path.join(quiet, "sft")), weights(os.path.join(broken, "sft")))
     for name in ("sft.csv", "dialogues.txt"):
@@ -205,16 +242,23 @@ def test_weights_are_fp32_whatever_the_checkpoint_and_the_products(monkeypatch, 
     assert moved > 0.9
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_the_plan_says_where_bf16_is_slow(monkeypatch, capsys, tiny, tmp_path, able):
-    """--bf16 on a CPU without such products takes many times as long, and nothing else says why."""
-    monkeypatch.setattr(exgrpo, "has_bf16", lambda device: able)
-    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 0, "--bf16",
-         "--out", tmp_path / "run")
-    assert ("several times as fast" in capsys.readouterr().out) != able
+def test_bf16_samples_what_it_scores(monkeypatch, tiny, tmp_path, varied):
+    """In bf16 the two differ by nothing, or where a logit was rounded the other way, by its last
+    bit: from 0 to 0.023 in 126 steps of seven kinds of tiny model. A rollout outside of autocast,
+    from weights that are not quite those that are scored, was off by 0.01 or more in every step."""
+    def gaps(kind, name=""):
+        call(monkeypatch, "--student", tiny(kind), *SMALL, "--sft-epochs", 0, "--steps", 2,
+             "--max-new-tokens", 16, "--out", tmp_path / (kind + name), "--bf16")
+        return [float(row["sampler_gap"]) for row in metrics(tmp_path / (kind + name))]
+    gap = {kind: gaps(kind) for kind in ("gpt2", "gemma2")}
+    assert max(map(max, gap.values())) < 0.05 and min(gap["gemma2"]) < 0.005, gap
+    own = exgrpo.rollout
+    monkeypatch.setattr(exgrpo, "rollout",
+                        torch.autocast("cpu", enabled=False)(lambda *args: own(*args)))
+    assert 0.005 < min(gaps("gemma2", "-fp32"))
 
 
-def test_gradient_checkpointing_changes_memory_only(monkeypatch, tiny, tmp_path):
+def test_gradient_checkpointing_changes_memory_only(monkeypatch, tiny, tmp_path, varied):
     """D17: layers are recomputed in train mode only, and there transformers drops the KV cache: a
     sampler that runs in train mode sees no prompt. The same dialogues and metrics must come out."""
     stories = []
@@ -254,19 +298,16 @@ def test_ctrl_c_saves_and_resume_goes_on(monkeypatch, capsys, tiny, tmp_path):
     assert len(metrics(tmp_path / "run")) == 3
 
 
-def test_a_log_that_was_cut_or_deleted(monkeypatch, capsys, tiny, tmp_path):
+def test_a_log_that_was_deleted_begins_anew(monkeypatch, tiny, tmp_path):
     """To truncate a file to more than it has fills it with NUL bytes, and no header is written."""
     flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--out", tmp_path / "run"]
     call(monkeypatch, *flags, "--steps", 1)
-    log = tmp_path / "run" / "metrics.csv"
-    log.write_bytes(log.read_bytes()[:-5])
-    fails(monkeypatch, capsys, *flags, "--steps", 2, "--resume", saying=["metrics.csv is shorter"])
-    log.unlink()
+    (tmp_path / "run" / "metrics.csv").unlink()
     call(monkeypatch, *flags, "--steps", 2, "--resume")
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["2"]
 
 
-def test_a_checkpoint_or_warm_up_that_is_gone_or_cut(monkeypatch, capsys, tiny, tmp_path):
+def test_a_checkpoint_or_warm_up_that_is_gone(monkeypatch, capsys, tiny, tmp_path):
     """--resume took a run without its checkpoint for one that had done nothing yet: it emptied the
     logs, began again at step 1 and wrote over the model."""
     run = tmp_path / "run"
@@ -274,17 +315,11 @@ def test_a_checkpoint_or_warm_up_that_is_gone_or_cut(monkeypatch, capsys, tiny, 
     call(monkeypatch, *flags, "--steps", 1)
     whole, logs = (run / "checkpoint.pt").read_bytes(), (run / "metrics.csv").read_bytes()
     again = [*flags, "--steps", 2, "--resume"]
-    (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
-    fails(monkeypatch, capsys, *again, saying=["checkpoint.pt cannot be read", "put the whole"])
     (run / "checkpoint.pt").unlink()
     fails(monkeypatch, capsys, *again, saying=["checkpoint.pt is gone", "put it back"])
     (run / "checkpoint.pt").write_bytes(whole)
-    table = (run / "run.json").read_text()
-    (run / "run.json").write_text(table[:9])
-    fails(monkeypatch, capsys, *again, saying=["run.json: not JSON"])
-    (run / "run.json").write_text(table)
     (run / "sft").rename(tmp_path / "sft")
-    fails(monkeypatch, capsys, *again, saying=["sft, is gone", "put it back"])
+    fails(monkeypatch, capsys, *again, saying=["sft", "put it back"])
     (tmp_path / "sft").rename(run / "sft")
     assert (run / "metrics.csv").read_bytes() == logs
     call(monkeypatch, *again)
@@ -306,6 +341,26 @@ def test_out_of_memory_and_other_faults_of_torch(monkeypatch, capsys):
         exgrpo.run(wrong)
 
 
+def test_a_character_that_the_terminal_lacks(monkeypatch):
+    """A Windows pipe speaks cp1252, which has no Greek: a question about an angle ended the run in
+    a UnicodeEncodeError, be it in the plan, in --help or in the line that says what is wrong."""
+    def leaves(main, code):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2)]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as leaving:
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            exgrpo.run(main)
+        assert (leaving.value.code or 0) == code
+        for stream in streams:
+            stream.flush()
+        return [stream.buffer.getvalue().decode("cp1252") for stream in streams]
+
+    def wrong():
+        raise exgrpo.UserError("a dialogue that ends in 'What is \u03b1?' is too long")
+    assert leaves(lambda: print("What is \u03b1?"), 0)[0].split() == ["What", "is", "??"]
+    assert leaves(wrong, 2)[1].strip() == "error: a dialogue that ends in 'What is ??' is too long"
+
+
 def test_templates_of_their_own_kind(monkeypatch, capsys, tiny, tmp_path):
     """A template may open a reply by what no finished reply has (DeepSeek-R1: <think>); there may
     be several, by name, which a model's folder holds in a folder; and one may fail."""
@@ -325,7 +380,7 @@ def test_templates_of_their_own_kind(monkeypatch, capsys, tiny, tmp_path):
     tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
     tokenizer.save_pretrained(tmp_path)
     fails(monkeypatch, capsys, "--student", tmp_path, *SMALL, "--out", tmp_path / "run",
-          saying=["chat template", "a system turn is needed"])
+          saying=["cannot be loaded", "a system turn is needed"])
 
 
 def test_templates_whose_last_turn_differs(tiny, loaded):
@@ -357,65 +412,51 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     assert tokenizer.decode(phi3.later("So?")) == "\nuser\nSo?<|open|>\nassistant\n"
 
 
-def test_a_token_without_an_embedding_is_named(monkeypatch, capsys, tiny, tmp_path):
-    """A tokenizer with words added, beside a model that was not resized: an IndexError in the
-    warm-up, on a GPU an assert. Such words that are not used do no harm."""
-    for name in os.listdir(tiny("llama")):
-        shutil.copy(os.path.join(tiny("llama"), name), tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.add_tokens(["unused"])
-    tokenizer.save_pretrained(tmp_path)
-    flags = ["--student", tmp_path, *SMALL, "--sft-epochs", 0, "--steps", 0, "--out"]
-    call(monkeypatch, *flags, tmp_path / "run")
-    tokenizer.add_tokens(["melons"])
-    tokenizer.save_pretrained(tmp_path)
-    rows = [ROW | {"question": "How many melons?"}]
-    fails(monkeypatch, capsys, *flags, tmp_path / "run2", "--turns", 1, "--probes",
-          write(tmp_path, HEADER, *rows), saying=["'melons'", "no embedding", "resize"])
+def questions(path, n):
+    path.write_text("".join(json.dumps({
+        "id": str(i), "question": f"{i}?", "answer": str(i), "answer_type": "number",
+        "rationale": ""}) + "\n" for i in range(n)))
+    return path
 
 
 def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
-    """Files of questions may take minutes: we leave after the one under way, and ask them again."""
-    for name in ("a", "b"):
-        row = {"id": "a", "question": "1?", "answer": "1", "answer_type": "number", "rationale": ""}
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1,
-             "--out", tmp_path / "run", "--eval", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    own, asked = exgrpo.count_right, []
-    monkeypatch.setattr(exgrpo, "count_right", lambda *a: asked.append(own(*a)) or os.kill(
-        os.getpid(), signal.SIGINT) or asked[-1])
+    """We leave after the questions and the step under way, and --resume completes the table."""
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 2, "--out",
+             tmp_path / "run", "--eval", *(questions(tmp_path / f"{x}.jsonl", 1) for x in "ab")]
+    own = exgrpo.generate
+
+    def generate(*args, **more):
+        if not exgrpo.STOP.is_set():  # a second signal kills at once
+            os.kill(os.getpid(), signal.SIGINT)
+        return own(*args, **more)
+    monkeypatch.setattr(exgrpo, "generate", generate)
     call(monkeypatch, *flags, expect=130)
-    assert len(asked) == 1 and "go on with --resume" in capsys.readouterr().err.lower()
-    monkeypatch.setattr(exgrpo, "count_right", own)
+    assert "Saved after step 1" in capsys.readouterr().err
+    monkeypatch.setattr(exgrpo, "generate", own)
     call(monkeypatch, *flags, "--resume")
-    table = exgrpo.read_json(tmp_path / "run" / "eval.json")
-    assert {len(found) for found in table.values()} == {2}
+    table = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert {label: set(found) for label, found in table.items()} == {
+        "student": {"a", "b"}, "after step 2": {"a", "b"}}
 
 
 def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_path):
     """More --steps, or other --eval files, on a finished run: a figure that was kept from before
     would be another model's, or none."""
-    rows = [{"id": str(i), "question": f"{i}?", "answer": str(i), "answer_type": "number",
-             "rationale": ""} for i in range(3)]
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked, own = [], exgrpo.count_right
-    monkeypatch.setattr(exgrpo, "count_right", lambda *a: asked.append(len(a[2])) or own(*a))
+    a, b = (questions(tmp_path / f"{x}.jsonl", 3) for x in "ab")
+    asked, own = [], exgrpo.generate
+    monkeypatch.setattr(exgrpo, "generate",
+                        lambda *args, **more: asked.append(len(args[2])) or own(*args, **more))
 
     def go(steps, *flags):
         asked.clear()
         call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", steps,
              "--out", tmp_path / "run", *flags)
         return len(asked)
-    one, both = ["--eval", tmp_path / "a.jsonl"], ["--eval", tmp_path / "a.jsonl",
-                                                   tmp_path / "b.jsonl"]
-    assert go(1, *one) == 2                          # before and after
-    assert go(1, *one, "--resume") == 0
-    assert go(2, *one, "--resume") == 1              # the model has changed
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
-    assert go(2, *one, "--resume") == 2              # another file of the same name and length
-    assert go(2, *both, "--resume") == 4             # the questions have
-    assert go(2, *both, "--resume", "--eval-limit", 2) == 4 and set(asked) == {2}
+    assert go(1, "--eval", a) == 2                            # before and after
+    assert go(1, "--eval", a, "--resume") == 0
+    assert go(2, "--eval", a, "--resume") == 1                # the model has changed
+    assert go(2, "--eval", a, b, "--resume") == 4             # the questions have
+    assert go(2, "--eval", a, b, "--resume", "--eval-limit", 2) == 4 and set(asked) == {2}
 
 
 def test_reward_rises(monkeypatch, tiny, tmp_path):
@@ -464,17 +505,16 @@ ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rat
     ([HEADER, "[1, 2]"], ["bad.jsonl:2", "object"]),
     ([HEADER, "[" * 100_000], ["bad.jsonl:2", "not JSON"]),
     ([HEADER, '{"id": "\\ud83d"}'], ["bad.jsonl:2", "surrogate"]),
-    ([HEADER, ROW, "", ROW], ["bad.jsonl:3", "not JSON"]),
-    ([HEADER, ROW, ROW], ["bad.jsonl:3", '"a"', "bad.jsonl:2"]),
+    ([HEADER, ROW, "", ROW], ["bad.jsonl:4", '"a"', "bad.jsonl:2"]),
     ([HEADER, {k: v for k, v in ROW.items() if k != "answer"}], ["bad.jsonl:2", '"answer"']),
-    ([HEADER, ROW | {"question": " "}], ["bad.jsonl:2", '"question" is empty']),
+    ([HEADER, ROW | {"question": " "}], ["bad.jsonl:2", '"question" is missing, empty']),
     ([HEADER, ROW | {"answer_type": "poem"}], ["bad.jsonl:2", '"poem"', "yesno"]),
     ([HEADER, ROW | {"answer": 3}], ["bad.jsonl:2", '"answer"']),
     ([HEADER, ROW | {"kept": "yes"}], ["bad.jsonl:2", '"kept"']),
-    ([HEADER, ROW | {"probes": [PROBE | {"probe": ""}]}], ["bad.jsonl:2", '"probe" is empty']),
+    ([HEADER, ROW | {"probes": [PROBE | {"probe": ""}]}], ["bad.jsonl:2", '"probe" is missing']),
     ([HEADER, ROW | {"probes": ["p?"]}], ["bad.jsonl:2", "probe"]),
-    ([HEADER, ROW | {"kept": False}], ["none of its 1 questions"]),
-    ([HEADER, ROW | {"probes": [PROBE | {"consistent": False}]}], ["none of its 1 questions"]),
+    ([HEADER, ROW | {"kept": False}], ["0 of its 1 questions"]),
+    ([HEADER, ROW | {"probes": [PROBE | {"consistent": False}]}], ["0 of its 1 questions"]),
 ])
 def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp_path, lines,
                                                   saying):
@@ -494,8 +534,7 @@ def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp
     (["--advantage", "best"], ["--advantage"]),
     (["--unknown"], ["--unknown"]),
     (["--probes", "missing.jsonl"], ["missing.jsonl"]),
-    (["--max-new-tokens", 100000], ["reads 4096", "--max-new-tokens"]),
-    (["--resume"], ["no run.json"]),
+    (["--resume"], ["holds no run", "new --out"]),
     (["--device", "cuda"], ["--device cuda"]),
 ])
 def test_bad_flags(monkeypatch, capsys, tiny, tmp_path, flags, saying):
@@ -505,45 +544,23 @@ def test_bad_flags(monkeypatch, capsys, tiny, tmp_path, flags, saying):
           "--out", tmp_path / "run", *flags, saying=saying)
 
 
-@pytest.mark.parametrize("long, saying", [
-    ("rationale", ["a teacher's dialogue", "2048"]), ("question", ["a dialogue", "2048"])])
-def test_a_text_that_is_too_long_is_found_before_training(monkeypatch, capsys, tiny, tmp_path, long,
-                                                          saying):
-    """GPT-2's learned positions would end in an IndexError at some step, on CUDA in an assert."""
-    probe = PROBE | ({"rationale": "why " * 600} if long == "rationale" else {})
-    row = ROW | ({"question": "why " * 600} if long == "question" else {}) | {"probes": [probe]}
+@pytest.mark.parametrize("what, text", [
+    ("rationale", "why " * 600), ("question", "why " * 600), ("question", "\N{MELON}" * 500)])
+def test_a_text_that_is_too_long_is_found_before_training(monkeypatch, capsys, tiny, tmp_path, what,
+                                                          text):
+    """GPT-2's learned positions would end in an IndexError at some step, on CUDA in an assert.
+    Tokens are counted, and not characters: a melon is four."""
+    row = ROW | ({"probes": [PROBE | {what: text}]} if what == "rationale" else {what: text})
     fails(monkeypatch, capsys, "--student", tiny("gpt2"), *SMALL, "--turns", 1, "--out",
-          tmp_path / "run", "--probes", write(tmp_path, HEADER, row), saying=saying)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_longest_question_is_not_hidden_behind_long_rationales(monkeypatch, capsys, tiny,
-                                                                   tmp_path):
-    """A rationale is taught, but stands in no dialogue of the student's: ten long ones took all the
-    places of those that were counted."""
-    rows = [ROW | {"id": str(i), "rationale": "why " * 450} for i in range(12)]
-    rows.append(ROW | {"question": "why " * 250})
-    flags = ["--student", tiny("gpt2"), *SMALL, "--turns", 1, "--max-new-tokens", 800,
-             "--out", tmp_path / "run", "--probes"]
-    fails(monkeypatch, capsys, *flags, write(tmp_path, HEADER, *rows),
-          saying=["a dialogue that ends in 'why why", "2048"])
-
-
-def test_few_characters_of_many_tokens_are_counted_too(monkeypatch, capsys, tiny, tmp_path):
-    """Of the ten longest questions in characters, none may be the longest in tokens."""
-    rows = [ROW | {"id": str(i), "question": "why " * 200} for i in range(11)]
-    rows.append(ROW | {"question": "\N{MELON}" * 500})
-    fails(monkeypatch, capsys, "--student", tiny("gpt2"), *SMALL, "--turns", 1, "--out",
-          tmp_path / "run", "--max-new-tokens", 10, "--probes", write(tmp_path, HEADER, *rows),
-          saying=["that ends in '\N{MELON}", "2048"])
+          tmp_path / "run", "--probes", write(tmp_path, HEADER, ROW | {"id": "b"}, row),
+          saying=["the teacher's reply to", "2048", "leave it out"])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_a_template_that_rewrites_history_is_refused_before_the_warm_up(monkeypatch, capsys, tiny,
                                                                         tmp_path):
     """Single-turn SFT never meets it; three epochs later, the first dialogue would."""
-    for name in os.listdir(tiny("llama")):
-        content = open(os.path.join(tiny("llama"), name), "rb").read()
-        (tmp_path / name).write_bytes(content)
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
     template = (tmp_path / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.jinja").write_text(template.replace(
         "{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% else %}...{% endif %}"))
@@ -553,23 +570,19 @@ def test_a_template_that_rewrites_history_is_refused_before_the_warm_up(monkeypa
 
 
 def test_a_student_that_cannot_be_fetched(monkeypatch, capsys, tmp_path):
-    """Without a network: the resolved name, that it could not be fetched, and that a folder
-    works."""
+    """Without a network: the resolved name, that it cannot be fetched, and that a folder works."""
     assert exgrpo.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     assert exgrpo.resolve_model("someone/model") == "someone/model"
-    fails(monkeypatch, capsys, "--student", "Qwen2.5-0.5B", "--probes", PROBES,
-          "--out", tmp_path / "run", saying=["Qwen/Qwen2.5-0.5B", "could not be fetched",
-                                             "local folder"])
+    fails(monkeypatch, capsys, "--student", "Qwen2.5-0.5B", "--probes", PROBES, "--out",
+          tmp_path / "run", saying=["Qwen/Qwen2.5-0.5B", "cannot be loaded", "Hub", "local folder"])
     (tmp_path / "empty").mkdir()
     fails(monkeypatch, capsys, "--student", tmp_path / "empty", "--probes", PROBES, "--out",
-          tmp_path / "run", saying=[str(tmp_path / "empty"), "no model"])
+          tmp_path / "run", saying=[str(tmp_path / "empty"), "cannot be loaded"])
 
 
 def test_a_tokenizer_without_end_token(monkeypatch, capsys, tiny, tmp_path):
     """A reply could never stop."""
-    for source in os.listdir(tiny("gpt2")):
-        content = open(os.path.join(tiny("gpt2"), source), "rb").read()
-        (tmp_path / source).write_bytes(content)
+    shutil.copytree(tiny("gpt2"), tmp_path, dirs_exist_ok=True)
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         config = json.loads((tmp_path / name).read_text())
         config.pop("eos_token", None)
@@ -588,9 +601,7 @@ def test_a_model_that_computes_nan_is_refused(monkeypatch, capsys, tiny, tmp_pat
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "broken")
     fails(monkeypatch, capsys, "--student", tmp_path / "broken", "--probes", PROBES, "--out",
-          tmp_path / "run", saying=["not all finite", "weights"])
-    own = torch.zeros(2, model.config.vocab_size)
-    assert exgrpo.sampler_fault(model, list(range(2, 14)), own) == "its logits differ by nan"
+          tmp_path / "run", saying=["does not reproduce LlamaForCausalLM"])
 
 
 def test_the_toys_student_is_known_by_any_path(monkeypatch):
@@ -606,10 +617,9 @@ def test_another_run_is_never_overwritten(monkeypatch, capsys, tiny, tmp_path):
     call(monkeypatch, *flags)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
-    fails(monkeypatch, capsys, *flags, saying=["not empty", "--resume"])
+    fails(monkeypatch, capsys, *flags, saying=["--resume", "new --out"])
     fails(monkeypatch, capsys, *flags, "--resume", "--beta", 0.5, "--lora-rank", 2,
           saying=["beta", "0.04", "0.5", "lora_rank"])
-    fails(monkeypatch, capsys, *flags, "--resume", "--steps", 0, saying=["1 steps are done"])
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
@@ -644,8 +654,8 @@ def test_a_run_of_the_projects_own_student_can_be_moved(monkeypatch, tiny, tmp_p
 
 @pytest.mark.parametrize("spoiled_by", [3e38, float("nan")])
 def test_spoiled_weights_end_in_one_line(monkeypatch, capsys, tiny, tmp_path, spoiled_by):
-    """A finite gradient and an absurd --lr: the next rollout ended in an IndexError of draw()."""
-    def step(model, optimizer, stage):
+    """A finite gradient and an absurd --lr: the next rollout ended in an IndexError."""
+    def step(model, optimizer):
         model.get_input_embeddings().weight.data.fill_(spoiled_by)
         return 1.0
     monkeypatch.setattr(exgrpo, "optimizer_step", step)
@@ -664,7 +674,7 @@ def test_no_space_left_at_the_start_or_at_the_end(monkeypatch, capsys, tiny, tmp
 
     def full(*_, **__):
         raise (OSError(28, "No space left on device") if stage == "run.json" else
-               exgrpo.SafetensorError("Error while serializing: I/O error: No space left"))
+               SafetensorError("Error while serializing: I/O error: No space left"))
     with monkeypatch.context() as patch:
         patch.setattr({"run.json": "os.fsync",
                        "model": "transformers.PreTrainedModel.save_pretrained"}[stage], full)
@@ -672,14 +682,3 @@ def test_no_space_left_at_the_start_or_at_the_end(monkeypatch, capsys, tiny, tmp
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     call(monkeypatch, *flags, *(["--resume"] if stage == "model" else []))
     assert (tmp_path / "run" / "config.json").exists()
-
-
-def test_a_step_without_value_does_not_hide_the_others(tmp_path, capsys):
-    """No partial dialogue of a step was right: its adv_partial_correct is nan, the mean is not."""
-    for step in range(4):
-        row = dict.fromkeys(exgrpo.METRICS, 2.0) | {"step": step}
-        exgrpo.append_csv(tmp_path / "metrics.csv",
-                          row | ({"adv_partial_correct": float("nan")} if step == 3 else {}))
-    exgrpo.print_summary(types.SimpleNamespace(out=str(tmp_path), eval=[], student="student"))
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("adv_partial"))
-    assert line.split()[1:] == ["2", "2"]

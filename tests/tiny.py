@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig,
                           GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
-                          Qwen2Config, StableLmConfig)
+                          Qwen2Config)
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|open|>system\nBe brief.<|end|>\n{% endif %}"
@@ -31,8 +31,6 @@ CONFIGS = {
         "sliding_attention", "full_attention"], query_pre_attn_scalar=8, **ids),
     "gemma3": lambda **ids: Gemma3TextConfig(**SHAPE, sliding_window=24, layer_types=[
         "sliding_attention", "full_attention"], **ids),
-    # hands its attention no further keywords, so keeps its own
-    "stablelm": lambda **ids: StableLmConfig(**SHAPE, **ids),
 }
 
 
