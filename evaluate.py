@@ -112,7 +112,7 @@ def sample_texts(model, chat, prompts, args, generator):
             model, [prompts[i] for i in batch], temperature=1.0, stop_ids=chat.stop_ids,
             max_new_tokens=args.max_new_tokens, group_size=args.samples, generator=generator)
         for place, ids in enumerate(replies):
-            texts[batch[place // args.samples]].append(chat.decode(ids))
+            texts[batch[place // args.samples]].append(chat.decode(chat.finish(ids)[0]))
     return texts
 
 

@@ -3,7 +3,7 @@
     python exgrpo.py --student Qwen2.5-0.5B --probes probes.jsonl --out runs/qwen
 
 After "Probing to Refine: Reinforcement Distillation of LLMs via Explanatory Inversion" (ICLR 2026,
-arXiv 2603.19266). It reads D_EI, the file of probes that ei.py writes.
+arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugging Face folder.
 
     warm_up     stage 2: SFT on every probe and question; the result, OUT/sft, is pi_ref     Eq. 3
     reinforce   stage 3, a step: rollout, compute_rewards, dialogue_advantages, update   Eqs. 4-8
@@ -11,7 +11,7 @@ arXiv 2603.19266). It reads D_EI, the file of probes that ei.py writes.
     paper                  here                               flag            shape or unit
     Q, A                   question, answer                   --probes        a line of D_EI
     Q_aug, R_aug, A_aug    probe, rationale, answer           --probes        its "probes"
-    k, k', G               turns, cut, group_size             --turns, --group-size
+    k, k', G               turns, forks, group_size           --turns, --group-size
     pi_theta, pi_ref       policy, reference                  --student
     R_outcome   (Eq. 4)    is_right, outcomes                                 (2, Q, G)
     r_dsu       (Eq. 5)    reward.dsu_bonus                   --delta, --nu   reward
@@ -22,19 +22,21 @@ arXiv 2603.19266). It reads D_EI, the file of probes that ei.py writes.
     L_SFT, L_aux (3, 8)    sft_backward                       --aux-weight    nats a token
 
 Letters in shape comments: B sequences, T tokens, V vocabulary, Q questions of a step, G dialogues
-of a group, N trained tokens, S slots of the KV cache, H heads, D width, R rows of P places.
+of a group (in (2, Q, G) first the full ones, then the partial ones), N trained tokens, S slots of
+the KV cache, H heads, D width, R rows of P places.
 
 Where the paper is silent or ambiguous, we chose:
- 1. A partial dialogue is forked from the full one; --partial independent is the paper's wording.
-    The cut k' is uniform on 0..k-1, drawn once a question.
+ 1. A partial dialogue is forked from the full one (--partial independent: sampled apart, as the
+    paper words it). The fork point k' is uniform on 0..k-1, drawn once a question.
  2. What a group is: --advantage added, separate or pooled, see dialogue_advantages.
  3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step. KL is k3, per token.
- 5. Dialogues of advantage 0 are not forwarded, and their KL term is left out.
+ 5. Dialogues of advantage 0 are not forwarded. Their KL term is left out, and their tokens count
+    in the divisor of Eq. 7.
  6. Eq. 8 trains the teacher's reply at every probe turn, and not the final turn. It is a mean over
     tokens, where the paper has a sum.
- 7. A reply that is cut by the token limit earns nothing.
- 8. The values of delta, nu and the weight of Eq. 8 are ours, as is scale_learning_rates.
+ 7. A reply that is truncated by the token limit is wrong, whatever it says.
+ 8. The values of delta, nu, the weight of Eq. 8 and the learning rates (see main) are ours.
 """
 from __future__ import annotations
 
@@ -49,7 +51,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -72,14 +73,13 @@ MAX_GRAD_NORM = 1.0
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """(reward - mean) / (std + 1e-4) within each group: (groups, members) -> same shape.
 
-    Unbiased std and 1e-4 are those of GRPO in TRL. Equal rewards give exactly 0: in floating point
-    their std is not 0, and would turn rounding errors into advantages.
+    Unbiased std and 1e-4 are those of GRPO in TRL. If all rewards of a group are equal, the result
+    is exactly 0: rounding can leave a tiny std, which would turn rounding errors into advantages.
     """
     assert rewards.shape[1] > 1, "a group of one has no standard deviation"
-    wide = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
-    advantages = (wide - wide.mean(1, keepdim=True)) / (wide.std(1, keepdim=True) + 1e-4)
-    equal = wide.amax(1, keepdim=True) == wide.amin(1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0).to(rewards.dtype)
+    mean, std = rewards.double().mean(1, keepdim=True), rewards.double().std(1, keepdim=True)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return ((rewards - mean) / (std + 1e-4)).masked_fill(equal, 0.0).to(rewards.dtype)
 
 
 def dialogue_advantages(outcomes: torch.Tensor, rewards: torch.Tensor,
@@ -90,17 +90,16 @@ def dialogue_advantages(outcomes: torch.Tensor, rewards: torch.Tensor,
                {0, 1 + delta}, and the normalisation divides it out again: it cancels.
     pooled     The 2G dialogues of a question share mean and deviation. The bonus acts, but it can
                push correct partial dialogues below the mean.
-    added      Each scenario is normalised on its outcome, then the bonus is added to the advantage
-               of correct full dialogues: a reward added to a normalised advantage, as it is.
-               Nothing correct is ever pushed down.
+    added      Each scenario is normalised on its outcome, then the bonus, which is not normalised,
+               is added to the advantage of correct full dialogues. Nothing correct is pushed down.
     With --turns 0 there are full dialogues only, and all shapes are (1, Q, G).
     """
     if variant == "pooled":
-        together = group_advantages(rewards.transpose(0, 1).flatten(1))             # (Q, 2G)
-        return together.unflatten(1, (len(rewards), -1)).transpose(0, 1)
+        pooled = group_advantages(rewards.transpose(0, 1).flatten(1))               # (Q, 2G)
+        return pooled.unflatten(1, (len(rewards), -1)).transpose(0, 1)
     if variant == "separate":
         return group_advantages(rewards.flatten(0, 1)).view_as(rewards)
-    bonus = rewards - outcomes
+    bonus = rewards - outcomes  # r_dsu where a full dialogue is correct, else 0
     return group_advantages(outcomes.flatten(0, 1)).view_as(outcomes) + bonus
 
 
@@ -109,13 +108,14 @@ def policy_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.T
                 n_tokens: int | None = None) -> tuple[torch.Tensor, dict]:
     """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
 
-    logps, old_logps, ref_logps, mask (B, T); advantages (B,) or (B, T). n_tokens is the divisor:
-    the trained tokens of the whole step, of which this may be a micro-batch, else those of mask.
-    Returns the loss and detached stats (kl, clip_share) over the same divisor.
+    logps, old_logps, ref_logps, mask (B, T); advantages, one a dialogue (B,) or one a token (B, T).
+    (update has T-1 columns: column t is about token t+1.) Sums are divided by n_tokens: the trained
+    tokens of the whole step if these rows are a micro-batch of it; by default, those of mask.
+    Returns the loss and detached stats (kl, clip_share).
     """
     mask = mask.bool()
     n_tokens = mask.sum() if n_tokens is None else n_tokens
-    logps, old_logps, ref_logps = (  # not by a product: nan * 0 is nan
+    logps, old_logps, ref_logps = (  # not x * mask: nan * 0 is nan
         torch.where(mask, x, 0.0) for x in (logps, old_logps, ref_logps))
     advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     # In the first update the ratio is 1, yet its gradient is that of log pi: REINFORCE.
@@ -148,51 +148,51 @@ def rollout(model, chat: Chat, questions: list, args, step: int) -> Rollout:
     generator.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)
     probes = [[row["probes"][i] for i in rng.permutation(len(row["probes"]))[:args.turns]]
               for row in questions]
-    cuts = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]      # k' in 0..k-1
+    forks = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]     # k' in 0..k-1
     scripts = [[user_turn(turn) for turn in (*drawn, row)] for drawn, row in zip(probes, questions)]
     forked = args.turns > 0 and args.partial == "forked"
-    full, partial = sample_dialogues(model, chat, scripts, args, generator, cuts if forked else ())
+    full, partial = sample_dialogues(model, chat, scripts, args, generator, forks if forked else ())
     if args.turns > 0 and args.partial == "independent":
-        shorter = [script[:cut] + script[-1:] for script, cut in zip(scripts, cuts)]
+        shorter = [script[:fork] + script[-1:] for script, fork in zip(scripts, forks)]
         partial, _ = sample_dialogues(model, chat, shorter, args, generator)
     return Rollout(questions, probes, full, partial)
 
 
 def sample_dialogues(model, chat: Chat, scripts: list, args, generator,
-                     cuts=()) -> tuple[list, list]:
-    """Asks Q scripts (lists of user turns) G times each, turn by turn, all dialogues in one batch.
+                     forks=()) -> tuple[list, list]:
+    """Plays each of Q scripts (lists of user turns) G times, all dialogues in one batch.
 
-    With cuts (k' of each question), partial dialogue g is full dialogue g up to turn k', followed
-    by the script's last turn: a fork. It is an exact sample of the policy that costs one reply.
-    Returns Q * G full dialogues and as many partial ones or, without cuts, none.
+    With forks (k' of each question), partial dialogue g copies the first k' turns of full dialogue
+    g, then gets the script's last turn and a reply of its own. It is an exact sample of the policy
+    that costs one reply. Returns Q * G full dialogues and, with forks, as many partial ones.
     """
-    G, cache, cached = args.group_size, None, []  # cached: the dialogue in each row of the cache
+    G, cache, cached = args.group_size, None, []  # cached: full dialogues in the cache's first rows
     full = [Dialogue() for _ in scripts for _ in range(G)]
-    partial = [None] * len(full)
+    partial = [None] * len(full) if forks else []
     for turn in range(max(map(len, scripts))):
-        rows = [b for b in range(len(full)) if turn < len(scripts[b // G])]
-        forks = [b for b in rows if cuts and turn == cuts[b // G]]
-        for b in forks:
+        going = [b for b in range(len(full)) if turn < len(scripts[b // G])]
+        forking = [b for b in going if forks and forks[b // G] == turn]
+        for b in forking:
             partial[b] = copy.deepcopy(full[b])
-        batch = [full[b] for b in rows] + [partial[b] for b in forks]
-        users = [scripts[b // G][turn] for b in rows] + [scripts[b // G][-1] for b in forks]
+        batch = [full[b] for b in going] + [partial[b] for b in forking]
+        users = [scripts[b // G][turn] for b in going] + [scripts[b // G][-1] for b in forking]
         for dialogue, user in zip(batch, users):
             dialogue.add_user(chat.later(user) if turn else chat.first(user))
-        if turn:  # a fork gets a copy of its twin's keys and values
-            cache.select([cached.index(b) for b in rows + forks])
+        if turn:  # a fork gets a copy of its twin's keys and values; finished dialogues are dropped
+            cache.select([cached.index(b) for b in going + forking])
         prompts = [dialogue.ids for dialogue in batch]
         replies, logps, cache = sample(  # at first, a group's prompt is the same: it is read once
             model, prompts if turn else prompts[::G], group_size=1 if turn else G, cache=cache,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            stop_ids=chat.stop_ids, generator=generator)
+            stop_ids=chat.stop_ids, finish=chat.finish, generator=generator)
         for dialogue, ids, its_logps in zip(batch, replies, logps):
             dialogue.add_reply(ids, chat, its_logps)
-        cached = rows
-    return full, partial if cuts else []
+        cached = going  # the forks have had their reply: the next turn drops them
+    return full, partial
 
 
 def is_right(chat: Chat, dialogue: Dialogue, turn: int, row: dict) -> bool:
-    """Does the reply of this turn state the answer of row? A reply that was cut states nothing."""
+    """Does the reply of this turn state the answer of row? A truncated reply states nothing."""
     return not dialogue.truncated[turn] and reward.is_correct(
         chat.decode(dialogue.replies[turn]), row["answer"], row["answer_type"])
 
@@ -218,30 +218,32 @@ def update(policy, reference, optimizer, dialogues: list, advantages: torch.Tens
            args) -> dict:
     """One step of Eq. 7 plus Eq. 8, `--updates` times over the same samples -> metrics.
 
-    advantages: one a dialogue. A forked pair trains its common prefix twice, once with each
-    advantage. reference() is a context that gives pi_ref. teacher: the dialogues of Eq. 8.
+    advantages: one a dialogue, for all of its sampled tokens. A forked pair trains its common
+    prefix twice, once with each advantage. `with reference() as ref` gives pi_ref. teacher: the
+    dialogues of Eq. 8.
     """
-    n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, before the first micro-batch
+    n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, also for those that are dropped
     chosen = [i for i in range(len(dialogues)) if advantages[i] != 0]
     dialogues = [dialogues[i] for i in chosen]
     advantages = advantages[chosen].to(policy.device, torch.float32)
-    old_logps, ref_logps = [], []  # of each micro-batch, before the first update
+    old_logps, ref_logps = [], []  # an entry a micro-batch, filled in during the first update
     sampler_gap = 0.0
     for _ in range(args.updates):
         metrics = dict.fromkeys(("loss", "kl", "clip_share", "aux_loss"), 0.0)
         for b, (batch, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy.device)):
-            first, mask = b == len(old_logps), trees.mask[:, 1:]                    # (B, T-1)
+            first_update = b == len(old_logps)
+            mask = trees.mask[:, 1:]                                                # (B, T-1)
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
-                if first and args.beta > 0:
+                if first_update and args.beta > 0:
                     with torch.no_grad(), reference() as ref:
                         ref_logps.append(tree_logprobs(ref, trees, args.temperature))
                 logps = tree_logprobs(policy, trees, args.temperature)              # (B, T-1)
-            if first:  # the weights are still those that sampled
+            if first_update:  # the weights are still those that sampled
                 old_logps.append(logps.detach())
                 sampled = [x for i in batch for x in dialogues[i].logps]
                 gap = old_logps[b][mask.bool()] - torch.tensor(sampled, device=policy.device)
                 sampler_gap = max(sampler_gap, gap.abs().max().item())
-            loss, stats = policy_loss(
+            loss, stats = policy_loss(  # with beta 0, kl is that to the policy that sampled
                 logps, old_logps[b], (ref_logps or old_logps)[b], advantages[batch], mask,
                 epsilon=args.epsilon, beta=args.beta, n_tokens=n_tokens)
             loss.backward()
@@ -269,8 +271,8 @@ def teacher_dialogue(chat: Chat, rows: list) -> Dialogue:
 
 
 def sft_backward(model, dialogues: list, args, weight: float = 1.0) -> float:
-    """Backward of weight * mean NLL of the trained tokens (Eqs. 3 and 8) -> the mean NLL."""
-    n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, before the first micro-batch
+    """Adds the gradient of weight * mean NLL of the trained tokens; returns the mean NLL."""
+    n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, for all micro-batches
     total = 0.0
     for _, trees in pack(dialogues, args.micro_batch_tokens, model.device):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
@@ -316,6 +318,8 @@ def reinforce(args, questions: list, device) -> None:
     reference = load_reference(args, policy, source)
     order = data_order(len(questions), args.steps * args.questions_per_step, args.seed)
     start = load_checkpoint(args, "ExGRPO", policy, optimizer)
+    if start > args.steps:
+        raise UserError(f"--resume: {start} steps are done, more than --steps {args.steps}")
     with tqdm(range(start, args.steps), initial=start, total=args.steps, desc="ExGRPO") as bar:
         for step in bar:
             started = time.perf_counter()
@@ -326,7 +330,7 @@ def reinforce(args, questions: list, device) -> None:
             outcomes, rewards = compute_rewards(chat, played, args.delta, args.nu)  # Eqs. 4-6
             advantages = dialogue_advantages(outcomes, rewards, args.advantage)     # (2, Q, G)
             teacher = [teacher_dialogue(chat, drawn) for drawn in played.probes if drawn]
-            policy.train(args.gradient_checkpointing)  # which works in train mode only
+            policy.train(args.gradient_checkpointing)  # checkpointing works in train mode only
             metrics = update(policy, reference, optimizer, played.full + played.partial,
                              advantages.flatten(), teacher, args)                   # Eqs. 7 and 8
             metrics |= rollout_metrics(chat, played, outcomes, rewards, advantages, args)
@@ -423,11 +427,12 @@ class Chat:
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
                     for i, turn in enumerate(turns)]
         return list(self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False))
+            messages, add_generation_prompt=reply_next, tokenize=True, return_dict=False,
+            date_string="26 Jul 2024"))  # else Llama 3 prints today's, and prompts would change
 
     def _around_reply(self, *user):
-        """The ids that the template puts before and after a reply to "x", with the turn `user`
-        behind it: what two renderings with different replies share."""
+        """Renders a chat twice with different replies to "x", before the turn `user`. What both
+        begin and end with is what the template puts before and after a reply."""
         one, two = (self._render("x", reply, *user, reply_next=bool(user)) for reply in ("1", "2"))
         before = os.path.commonprefix([one, two])
         after = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
@@ -453,7 +458,16 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def decode(self, ids: list) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return (text.partition("\nQuestion:")[0] if self.plain else text).strip()
+
+    def finish(self, ids: list) -> tuple[list, bool]:
+        """Sampled ids -> (the reply, whether the token limit truncated it). Without a template, a
+        base model may not stop but ask itself a next "Question:". The reply ends there."""
+        if self.plain and "\nQuestion:" in self.tokenizer.decode(ids):
+            return next(ids[:n] for n in range(1, len(ids) + 1)
+                        if "\nQuestion:" in self.tokenizer.decode(ids[:n])), False
+        return ids, ids[-1] not in self.stop_ids
 
     def first(self, user: str) -> list:
         user = self._clean(user)
@@ -463,7 +477,7 @@ class Chat:
 
     def later(self, user: str) -> list:
         """The ids that follow the end token of a reply. The template must leave earlier turns as
-        they were; but first() may end in an opening as <think> that no finished reply has."""
+        they were, except that first() may end in an opening such as <think>."""
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
@@ -487,27 +501,25 @@ class Chat:
         return ids
 
 
-@dataclass
 class Dialogue:
-    """Token ids and a parallel mask (1 = a token of a reply, which is trained), turn by turn."""
-    ids: list = field(default_factory=list)
-    mask: list = field(default_factory=list)
-    logps: list = field(default_factory=list)      # of the tokens with mask 1, from the sampler
-    replies: list = field(default_factory=list)    # ids of each reply
-    truncated: list = field(default_factory=list)  # whether each reply hit the token limit
+    """Token ids and a parallel mask (1 = sampled, or the teacher's: trained), turn by turn."""
+
+    def __init__(self, ids=(), mask=()):
+        self.ids, self.mask, self.logps = list(ids), list(mask), []  # logps: of the sampled tokens
+        self.replies, self.truncated = [], []  # ids of each reply; whether it hit the token limit
 
     def add_user(self, ids):
         self.ids += ids
         self.mask += [0] * len(ids)
 
     def add_reply(self, ids, chat, logps=()):
-        """A truncated reply is closed by an end token that the student did not sample: mask 0."""
-        cut = ids[-1] not in chat.stop_ids
-        self.ids += ids + [chat.end_id] * cut
-        self.mask += [1] * len(ids) + [0] * cut
+        """A reply without end token is closed by one that the student did not sample: mask 0."""
+        (ids, truncated), open_end = chat.finish(ids), ids[-1] not in chat.stop_ids
+        self.ids += ids + [chat.end_id] * open_end
+        self.mask += [1] * len(ids) + [0] * open_end
         self.logps += logps
         self.replies.append(ids)
-        self.truncated.append(cut)
+        self.truncated.append(truncated)
 
 
 # =================================================================================== 3. the sampler
@@ -515,8 +527,8 @@ class Dialogue:
 class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of row b is at [b, :, t].
 
-    So there is no padding inside a row, and a query at position p sees the slots up to p. What a
-    row holds after its last token is never seen, and is overwritten when the row grows.
+    So there is no padding inside a row, and a query at position p sees the slots up to p. Slots
+    after a row's last token hold garbage that no query sees; they are overwritten as it grows.
     """
 
     def __init__(self, n_rows: int, device):
@@ -541,15 +553,15 @@ class KVCache:
         return [store[:, :, :self.n_slots] for store in layer]
 
     def select(self, rows: list):
-        """Row i becomes a copy of row rows[i]: repeats prompts, forks and drops dialogues."""
+        """New row i is old row rows[i]: rows are repeated (prompts, forks) or left out."""
         if rows != list(range(len(self.lengths))):
             self.lengths = [self.lengths[row] for row in rows]
             self.layers = [[store[rows] for store in layer] for layer in self.layers]
 
 
 def attention_mask(config, visible, distance):
-    """Where queries may look, and how many tokens before them each key stands, (B, T, S) -> what is
-    added to attention scores, (B, 1, T, S); two of them if only some layers have a window."""
+    """Which keys a query sees, and how many tokens before it each stands, (B, T, S) -> the additive
+    mask (B, 1, T, S); a dict of two if only some layers have a sliding window."""
     def additive(visible):
         mask = torch.zeros(visible.shape, device=visible.device)
         return mask.masked_fill_(~visible, float("-inf"))[:, None]
@@ -585,9 +597,9 @@ def prefill(model, cache: KVCache, chunks: list):
 class CudaGraphDecoder:
     """next_logits on a GPU, recorded as a CUDA graph and replayed: one launch a token.
 
-    A graph reads and writes fixed addresses. So the first token after the cache has more slots runs
-    without one, and the stores grow there. A model that needs a value from the GPU in its forward
-    pass cannot be recorded, and always runs without.
+    A graph reads and writes fixed addresses. So when the cache gets more slots, the next token runs
+    without a graph, and the stores grow there. A model that needs a value from the GPU in its
+    forward pass cannot be recorded, and always runs without.
     """
 
     def __init__(self):
@@ -631,13 +643,15 @@ def sample_token(logits, temperature: float, uniform):
 
 @torch.no_grad()
 def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, stop_ids: list,
-           group_size: int = 1, generator=None, cache: KVCache | None = None):
+           finish=lambda ids: (ids, False), group_size: int = 1, generator=None,
+           cache: KVCache | None = None):
     """Samples group_size replies to each prompt (lists of ids) from softmax(logits / temperature).
 
     Without a cache each prompt is read once for its group: B = Q * G rows, group by group. With the
     cache of an earlier call, prompts are its rows' whole dialogues, of which only the new ids are
-    read. Returns B replies (ids up to and with the first sampled stop token, or as many as fit),
-    their log-probs, and the cache, which lacks only the last token of each reply.
+    read. Returns B replies (ids up to and with the first sampled stop token, or as many as fit, and
+    of these what finish(ids) gives first), their log-probs, and the cache, which lacks only the
+    last token of each reply: it was not read.
     """
     device, cpu = model.device, model.device.type == "cpu"
     if cache is None:
@@ -673,9 +687,9 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
         logits = decode(model, cache, tokens[:, t:t + 1], (lengths + t)[:, None])   # (B, V)
     ended = torch.isin(tokens, stop).long()
     counts = (ended.cumsum(1) == ended).sum(1).tolist()  # tokens up to and with the first stop
-    cache.lengths = [len(prompt) + count - 1 for prompt, count in zip(prompts, counts)]
-    return ([ids[:n] for ids, n in zip(tokens.tolist(), counts)],
-            [values[:n] for values, n in zip(logps.tolist(), counts)], cache)
+    replies = [finish(ids[:n])[0] for ids, n in zip(tokens.tolist(), counts)]
+    cache.lengths = [len(prompt) + len(reply) - 1 for prompt, reply in zip(prompts, replies)]
+    return replies, [x[:len(ids)] for ids, x in zip(replies, logps.tolist())], cache
 
 
 @torch.no_grad()
@@ -692,8 +706,8 @@ def generate(model, chat: Chat, prompts: list, *, max_new_tokens: int,
         cache.select([0] * len(rows))
         replies, _, _ = sample(model, rows, max_new_tokens=max_new_tokens, temperature=0,
                                stop_ids=chat.stop_ids, cache=cache)
-        for i, ids in zip(batch, replies):
-            outputs[i] = (chat.decode(ids), ids[-1] not in chat.stop_ids, len(ids))
+        for i, (ids, truncated) in zip(batch, map(chat.finish, replies)):
+            outputs[i] = chat.decode(ids), truncated, len(ids)
     return outputs
 
 
@@ -728,8 +742,8 @@ def head(model, hidden):
 
 
 def head_logprobs(model, hidden, targets, temperature: float):
-    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32 and over the full vocabulary. Chunks
-    of logits are formed one by one, and anew in the backward pass, if all are too many to hold."""
+    """hidden (N, D), targets (N,) -> log-probs (N,), in fp32 and over the full vocabulary. If all
+    logits are too many to hold, they are computed in chunks, and again in the backward pass."""
     def chunk_logprobs(hidden, targets):
         return -F.cross_entropy(head(model, hidden) / temperature, targets, reduction="none")
     rows = max(1, LOGITS_HELD // model.get_output_embeddings().weight.shape[0])
@@ -766,7 +780,7 @@ class PackedTrees(NamedTuple):
 
 def prefix_trees(rows: list, budget: int) -> list:
     """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
-    joins one if it shares a third of its tokens: all pairs of a tree's places cost attention."""
+    joins a tree only if a third of its tokens are shared: attention costs places squared."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
@@ -801,8 +815,8 @@ def pack(dialogues: list, budget: int, device):
 
 
 def tree_logprobs(model, trees: PackedTrees, temperature: float = 1.0):
-    """token_logprobs of the B dialogues, (B, T-1), with each shared token forwarded once. Autograd
-    adds up, at a shared token, the gradients of all dialogues that contain it."""
+    """token_logprobs of the B dialogues, (B, T-1), but a token shared in a tree is computed once.
+    Autograd adds up, at such a token, the gradients of all dialogues that contain it."""
     distance = trees.positions[:, :, None] - trees.positions[:, None]               # (R, P, P)
     mask = attention_mask(model.config.get_text_config(), trees.visible, distance)
     hidden = model.base_model(input_ids=trees.ids, position_ids=trees.positions,
@@ -840,7 +854,7 @@ def load_model(name: str, device):
     except Exception as error:  # of many kinds: OSError, ValueError, ImportError, jinja's, ...
         raise UserError(f"the model {path} cannot be loaded, neither from a local folder nor from "
                         f"the Hub: is its name right, and is there a network? ({error!r:.300})")
-    for parameter in model.parameters():  # out of the memory-mapped file: aligned, so reproducible
+    for parameter in model.parameters():  # aligned memory, unlike a mapped file's: reproducible
         parameter.data = parameter.data.clone()
     for module in model.modules():  # no dropout, or pi_theta would not be the policy that sampled
         for key, value in vars(module).items():
@@ -881,7 +895,12 @@ def check_model(model):
 
 
 def context_size(model) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """The tokens that the model reads. longrope turns all keys where its original context ends."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return min(limit, rope.get("original_max_position_embeddings", limit)
+               if rope.get("rope_type") == "longrope" else limit)
 
 
 def load_policy(args, source, device, lr):
@@ -890,6 +909,9 @@ def load_policy(args, source, device, lr):
     if args.lora_rank:
         torch.manual_seed(args.seed % 2 ** 63)  # the start of the adapters
         add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
+        adapted = sum(m.base.weight.numel() for m in model.modules() if isinstance(m, LoRA))
+        print(f"LoRA     adapts linear layers with {adapted / model.num_parameters():.0%} of the "
+              "weights; embeddings and a mixture's experts stay as they are")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model, chat, torch.optim.AdamW(
@@ -898,15 +920,15 @@ def load_policy(args, source, device, lr):
 
 
 def load_reference(args, policy, source):
-    """A function -> a context that gives pi_ref: the policy as it was loaded from source."""
-    if args.lora_rank or args.beta == 0:
+    """-> reference: `with reference() as ref` gives pi_ref, the policy as loaded from source."""
+    if args.lora_rank or args.beta == 0:  # with beta 0 it is never asked for
         return lambda: adapters_off(policy)
     pi_ref = freeze(load_model(source, policy.device)[0], args.bf16)
     return lambda: contextlib.nullcontext(pi_ref)
 
 
 def freeze(model, bf16: bool):
-    """No weight is trained. With bf16 linear layers are stored so, as autocast would round them."""
+    """No weight is trained. With bf16, linear weights are stored so: autocast rounds them, too."""
     model.requires_grad_(False)
     for module in model.base_model.modules():
         if bf16 and isinstance(module, (nn.Linear, Conv1D)):
@@ -1052,17 +1074,13 @@ def read_questions(path) -> list:
     return [check_question(row, where, seen=seen) for where, row in lines]
 
 
-def write_whole(path, write):
-    """write(file) fills a new file, which then takes the place of the old: whole, or not at all."""
+def write_whole(path, content):
+    """Bytes, or a function that writes to a file, replace the old file: whole, or not at all."""
     with open(f"{path}.tmp", "wb") as file:
-        write(file)
+        content(file) if callable(content) else file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def append_csv(path, row: dict):
@@ -1085,7 +1103,8 @@ def lock(file, busy: str):
 
 
 MAY_CHANGE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_limit",
-              "micro_batch_tokens", "gradient_checkpointing")  # flags, in a resumed run
+              "micro_batch_tokens", "gradient_checkpointing")  # flags, in a resumed run; the
+                                                               # content of --probes is hashed
 LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # written by each stage
 
 
@@ -1107,7 +1126,7 @@ def open_run(args):
                         "it back, or start again with a new --out")
     if not files:
         os.makedirs(args.out, exist_ok=True)
-        write_json(path, settings)
+        write_whole(path, json.dumps(settings, indent=1).encode())
     file = open(path, "r+b")  # NFS locks no file that is open for reading only
     lock(file, f"another process is working on the run in {args.out}; wait, or name another --out")
     theirs = json.load(file)
@@ -1132,8 +1151,8 @@ def end_step(args, stage, step, last, model, optimizer):
 
 
 def load_checkpoint(args, stage, model, optimizer) -> int:
-    """Restores the state of this stage and returns its step, or 0. What its logs hold beyond that
-    step is cut off: it will be written again."""
+    """Restores the state of this stage and returns its step, or 0. Lines of its logs after that
+    step are removed: they will be written again."""
     path, step, sizes = os.path.join(args.out, "checkpoint.pt"), 0, [0, 0]
     state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else {}
     if (state.get("stage"), stage) == ("ExGRPO", "SFT"):
@@ -1164,7 +1183,11 @@ TOY_TESTS = [TOY + "test.jsonl", TOY + "test_reversed.jsonl", TOY + "ei_test.jso
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, as everywhere else."""
+    """argparse with defaults in --help, and one-line errors as everywhere else."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message} (--help explains every flag)")
@@ -1192,8 +1215,7 @@ def pick_device(name: str):
 
 
 def parse_args():
-    parser = Parser(description="Stages 2 and 3 of ExGRPO: SFT warm-up, then reinforcement.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Stages 2 and 3 of ExGRPO: SFT warm-up on probes, then reinforcement.")
     natural, count, size = at_least(0), at_least(1), at_least(0, float)
     positive = at_least(0, float, above=True)
     add = parser.add_argument_group("what to train, on what").add_argument
@@ -1227,7 +1249,7 @@ def parse_args():
     add("--lora-alpha", type=positive, default=32.0, help="LoRA scale * rank")
     add = parser.add_argument_group("the machine").add_argument
     add("--micro-batch-tokens", type=count, default=4096,
-        help="padded tokens in a forward pass of training: bounds memory, leaves the result")
+        help="padded tokens in a forward pass of training: memory, not the result")
     add("--bf16", action="store_true", help="bf16 autocast; trained weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--save-every", type=count, default=20, help="steps between checkpoints")
@@ -1241,14 +1263,6 @@ def parse_args():
     if args.eval is None:  # the toy's tests say nothing about another student
         args.eval = TOY_TESTS if os.path.abspath(args.student) == TOY_STUDENT else []
     return args
-
-
-def scale_learning_rates(args, model):
-    """Adam moves every weight by about the learning rate, so a layer's output moves in proportion
-    to its width. The rates that are usual for 7B models (width 3584) are scaled by 3584 / width.
-    LoRA's adapters take ten times as much."""
-    scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
-    args.lr, args.sft_lr = args.lr or 1e-6 * scale, args.sft_lr or 5e-6 * scale
 
 
 def load_training_data(args) -> list:
@@ -1280,6 +1294,8 @@ def evaluate_checkpoint(args, label, source, device, tests) -> dict:
     {file: "0110..."}}. What is there already is not asked again."""
     path = os.path.join(args.out, "eval.json")
     table = json.load(open(path)) if os.path.exists(path) else {}
+    table = {label: found for label, found in table.items()  # older versions kept counts only
+             if all(isinstance(verdicts, str) for verdicts in found.values())}
     sizes = {name: len(verdicts) for name, verdicts in table.get(label, {}).items()}
     if sizes != {name: len(rows) for name, rows in tests.items()} and not STOP.is_set():
         model, chat = load_model(source, device)
@@ -1290,7 +1306,7 @@ def evaluate_checkpoint(args, label, source, device, tests) -> dict:
             table[label][name] = "".join(
                 "01"[not cut and reward.is_correct(text, row["answer"], row["answer_type"])]
                 for (text, cut, _), row in zip(replies, rows))
-        write_json(path, table)
+        write_whole(path, json.dumps(table, indent=1).encode())
     return table
 
 
@@ -1312,7 +1328,10 @@ def main():
     args = parse_args()
     device, questions, tests = pick_device(args.device), load_training_data(args), load_eval(args)
     model, chat = load_model(args.student, device)
-    scale_learning_rates(args, model)
+    # Adam moves every weight by about the learning rate, so a layer's output moves in proportion
+    # to its width. Rates usual for 7B models (width 3584) are scaled. LoRA takes ten times as much.
+    scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
+    args.lr, args.sft_lr = args.lr or 1e-6 * scale, args.sft_lr or 5e-6 * scale
     chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))

@@ -126,7 +126,7 @@ def run(args, name, seed):
     if change:
         header, rows = exgrpo.read_probes(args.probes)
         lines = [{"ei": header}, *change(rows, np.random.default_rng(seed))]
-        exgrpo.write_whole(probes, lambda file: file.writelines(map(ei.dump, lines)))
+        exgrpo.write_whole(probes, b"".join(map(ei.dump, lines)))
     resume = ["--resume"] if os.path.exists(folder) else []
     with open(folder + ".log", "a") as log:
         code = subprocess.run(
@@ -139,7 +139,7 @@ def run(args, name, seed):
     with open(os.path.join(folder, "eval.json")) as file:
         verdicts = list(json.load(file).values())[-1]  # at the run's end, {file: "0110..."}
     table = {name: 100 * each.count("1") / len(each) for name, each in verdicts.items()}
-    exgrpo.write_whole(result, lambda file: file.write(ei.dump(key | {"table": table})))
+    exgrpo.write_whole(result, ei.dump(key | {"table": table}))
     return table
 
 

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import GPTNeoConfig, MptConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig, Phi3Config
 
 import exgrpo
 import tiny as maker
@@ -299,7 +299,8 @@ def test_every_end_token_stops(loaded):
             last.add(ids[-1])
     assert set(ends) <= last
     dialogue = exgrpo.Dialogue()
-    two = types.SimpleNamespace(stop_ids=ends, end_id=260)
+    two = copy.copy(chat)
+    two.stop_ids, two.end_id = ends, 260
     dialogue.add_reply([5, 33], two)
     assert dialogue.ids == [5, 33] and dialogue.mask == [1, 1] and not dialogue.truncated[0]
 
@@ -342,6 +343,55 @@ def test_a_template_that_rewrites_history_is_refused(loaded):
                 chat.later("And then?")
     finally:
         chat.tokenizer.chat_template = kept
+
+
+def test_a_template_that_prints_the_date_prints_the_same_every_day(loaded, monkeypatch):
+    """Llama 3.2 prints today's date unless it is given one: a run that was resumed overnight read
+    other prompts, and evaluations of different days were not of the same questions."""
+    model, chat = loaded("llama")
+    monkeypatch.setattr(chat.tokenizer, "chat_template", chat.tokenizer.chat_template.replace(
+        "Be brief.", "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"))
+    assert "26 Jul 2024" in chat.tokenizer.decode(chat.first("Why?"))
+
+
+def test_without_a_template_a_reply_ends_where_the_next_question_begins(loaded, monkeypatch):
+    """A base model that was never taught an end token goes on with a next "Question:" of its own,
+    and its last, invented answer was graded: of 12 right answers all were lost."""
+    model, chat = loaded("gpt2")
+    said = chat.encode(" The answer is 5.\n\nQuestion: And then?\nAnswer: The answer is 7.")
+    script = iter(said * 2)
+    monkeypatch.setattr(exgrpo, "sample_token", lambda logits, temperature, uniform: (
+        torch.full((len(logits),), next(script)), torch.zeros(len(logits))))
+    args = types.SimpleNamespace(group_size=2, max_new_tokens=len(said), temperature=1.0)
+    (dialogue, _), _ = exgrpo.sample_dialogues(model, chat, [["Why?", "So?"]], args, generator())
+    reply = dialogue.replies[0]
+    assert reply == said[:len(reply)] and len(reply) < len(said) and not dialogue.truncated[0]
+    assert chat.tokenizer.decode(reply).endswith("\nQuestion:")
+    assert dialogue.ids == (chat.first("Why?") + reply + [chat.end_id] + chat.later("So?") + reply
+                            + [chat.end_id])
+    assert dialogue.mask.count(1) == len(dialogue.logps) == 2 * len(reply)
+    assert exgrpo.is_right(chat, dialogue, 0, {"answer": "5", "answer_type": "number"})
+    script = iter(said)
+    (text, truncated, n), = exgrpo.generate(model, chat, [chat.first("Why?")],
+                                            max_new_tokens=len(said))
+    assert (text, truncated, n) == ("The answer is 5.", False, len(reply))
+
+
+def test_longrope_is_read_no_further_than_its_original_context():
+    """Beyond it (Phi-3.5, Phi-4-mini) all keys turn otherwise, also those that the cache holds: the
+    sampler and the scorer differed by 0.26 nats, and a reply depended on its neighbour's length."""
+    config = Phi3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=300, max_position_embeddings=256,
+        original_max_position_embeddings=64, pad_token_id=0, rope_scaling={
+            "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    options = dict(temperature=1.0, stop_ids=[], generator=generator())
+    (reply,), (logps,), _ = exgrpo.sample(model, [[5] * 40], max_new_tokens=99, **options)
+    assert len(reply) == 64 - 40
+    own = own_logps(model, [5] * 40 + reply, 1.0)[39:]
+    assert torch.allclose(torch.tensor(logps), own, atol=1e-4)
 
 
 def test_special_tokens_inside_a_question_open_no_turn(loaded):
