@@ -988,7 +988,9 @@ STOP = threading.Event()  # set by Ctrl-C and SIGTERM: the step is finished and 
 HINTS = {"out of memory|not enough memory|allocate memory":
          "memory is too small: lower --micro-batch-tokens, --group-size or --batch-size",
          "failed writing|I/O error|No space left": "cannot write: is the disk full?",
-         "non-finite": "training diverges; start again with a smaller --lr or --sft-lr:"}
+         "non-finite": "training diverges; start again with a smaller --lr or --sft-lr:",
+         "index out of range in self": "the tokenizer makes a token for which the model has no "
+                                       "embedding: resize it (resize_token_embeddings)"}
 
 
 class UserError(Exception):
@@ -1171,6 +1173,7 @@ def load_checkpoint(args, stage, model, optimizer) -> int:
 def save_model(model, chat, folder):
     """Writes a plain Hugging Face folder, adapters merged."""
     merge_lora(model)
+    model.generation_config.eos_token_id = chat.stop_ids  # so that servers stop where we do
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
 

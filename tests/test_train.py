@@ -98,6 +98,17 @@ def test_a_run_leaves_a_plain_model_and_its_story(monkeypatch, capsys, tiny, tmp
         AutoTokenizer.from_pretrained(tiny(kind)).chat_template)
 
 
+def test_a_saved_model_stops_where_it_was_taught_to(tiny, tmp_path):
+    """Qwen's base models have a chat template whose end of turn is not their eos: what was trained
+    with it ran on for ever elsewhere, as the saved eos was still the old one (open-r1 #603)."""
+    model, chat = exgrpo.load_model(tiny("llama"), torch.device("cpu"))
+    model.generation_config.eos_token_id = 7
+    chat = exgrpo.Chat(chat.tokenizer, model)
+    exgrpo.save_model(model, chat, tmp_path)
+    eos = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    assert eos == chat.stop_ids == [7, chat.end_id]
+
+
 def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
     model, chat = exgrpo.load_model(tiny("gpt2"), torch.device("cpu"))
     ids = torch.arange(2, 30)[None]
@@ -334,6 +345,12 @@ def test_out_of_memory_and_other_faults_of_torch(monkeypatch, capsys):
         exgrpo.run(lacking)
     error = capsys.readouterr().err
     assert leaving.value.code == 2 and "memory is too small" in error and error.count("\n") == 1
+
+    def unknown():  # a token that was added to the tokenizer only
+        torch.nn.functional.embedding(torch.tensor([3]), torch.zeros(3, 2))
+    with pytest.raises(SystemExit):
+        exgrpo.run(unknown)
+    assert "has no embedding: resize it" in capsys.readouterr().err
 
     def wrong():
         torch.ones(2) @ torch.ones(3)
