@@ -1129,14 +1129,15 @@ def open_run(args):
     if not files:
         os.makedirs(args.out, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1).encode())
-    file = open(path, "r+b")  # NFS locks no file that is open for reading only
-    lock(file, f"another process is working on the run in {args.out}; wait, or name another --out")
-    theirs = json.load(file)
+    with open(path, encoding="utf-8") as file:
+        theirs = json.load(file)
     differing = [f"{name} = {theirs.get(name)!r}, not {value!r}"
                  for name, value in settings.items() if value != theirs.get(name)]
     if differing:
         raise UserError(f"--resume: the run in {args.out} was started with {'; '.join(differing)}; "
                         "use its flags and data, or a new --out")
+    file = open(path, "r+b")  # NFS locks no file that is open for reading only
+    lock(file, f"another process is working on the run in {args.out}; wait, or name another --out")
     return file
 
 
