@@ -514,7 +514,8 @@ class Dialogue:
 
     def add_reply(self, ids, chat, logps=()):
         """A reply without end token is closed by one that the student did not sample: mask 0."""
-        (ids, truncated), open_end = chat.finish(ids), ids[-1] not in chat.stop_ids
+        ids, truncated = chat.finish(ids)
+        open_end = ids[-1] not in chat.stop_ids
         self.ids += ids + [chat.end_id] * open_end
         self.mask += [1] * len(ids) + [0] * open_end
         self.logps += logps
@@ -1070,10 +1071,10 @@ def read_probes(path):
 
 def read_questions(path) -> list:
     """The rows of a file of questions or of a D_EI file, in which they have "probes"."""
-    lines, seen = list(read_jsonl(path)), {}
-    if lines and "ei" in lines[0][1]:
+    if "ei" in next(read_jsonl(path), ("", {}))[1]:
         return read_probes(path)[1]
-    return [check_question(row, where, seen=seen) for where, row in lines]
+    seen = {}
+    return [check_question(row, where, seen=seen) for where, row in read_jsonl(path)]
 
 
 def write_whole(path, content):
@@ -1231,7 +1232,7 @@ def parse_args():
     add("--turns", type=natural, default=5, help="k, probes in a full dialogue; 0: plain GRPO")
     add("--group-size", type=at_least(2), default=8, help="G, dialogues per question and scenario")
     add("--partial", choices=["forked", "independent"], default="forked",
-        help="partial dialogues: cut from the full ones, or sampled apart")
+        help="partial dialogues: forked from the full ones, or sampled apart")
     add("--advantage", choices=["added", "separate", "pooled"], default="added",
         help="how the bonus enters the group's advantages")
     add("--delta", type=size, default=0.5, help="the bonus, Eq. 5, in units of reward; 0: none")
@@ -1257,7 +1258,7 @@ def parse_args():
     add("--bf16", action="store_true", help="bf16 autocast; trained weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--save-every", type=count, default=20, help="steps between checkpoints")
-    add("--seed", type=natural, default=0, help="of the data order, the cuts and the samples")
+    add("--seed", type=natural, default=0, help="of the data order, the forks and the samples")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add = parser.add_argument_group("the table at the end").add_argument
     add("--eval", nargs="*", metavar="FILE", help="question or D_EI files (.jsonl), asked greedily "
@@ -1308,8 +1309,8 @@ def evaluate_checkpoint(args, label, source, device, tests) -> dict:
             replies = generate(model, chat, [chat.first(user_turn(row)) for row in rows],
                                max_new_tokens=args.max_new_tokens)
             table[label][name] = "".join(
-                "01"[not cut and reward.is_correct(text, row["answer"], row["answer_type"])]
-                for (text, cut, _), row in zip(replies, rows))
+                "01"[not truncated and reward.is_correct(text, row["answer"], row["answer_type"])]
+                for (text, truncated, _), row in zip(replies, rows))
         write_whole(path, json.dumps(table, indent=1).encode())
     return table
 
