@@ -214,18 +214,42 @@ def compute_rewards(chat: Chat, played: Rollout, delta: float,
     return outcomes, torch.tensor(totals, dtype=torch.float64).transpose(0, 1)
 
 
-def update(policy, reference, optimizer, dialogues: list, advantages: torch.Tensor, teacher: list,
+def reply_advantages(chat: Chat, played: Rollout, advantages: torch.Tensor, args) -> list:
+    """Advantages of dialogues (2, Q, G) -> those of their replies: a list for each dialogue.
+
+    --credit outcome  Every reply gets its dialogue's advantage. A forked pair trains its common
+                      prefix in both roles, once with each advantage.
+    --credit turn     The last reply gets its dialogue's advantage. A reply to a probe is paid for
+                      its own answer, normalised over the group's G replies to this probe. Replies
+                      that a fork has copied get 0: they are trained in the full dialogue.
+    """
+    G, credited = advantages.shape[2], []
+    for dialogues, of_group in zip((played.full, played.partial), advantages.tolist()):
+        copied = dialogues is played.partial and args.partial == "forked"
+        for q, last in enumerate(of_group):
+            group = dialogues[q * G:(q + 1) * G]
+            turns = [last] * len(group[0].replies)  # a list of G advantages for each turn
+            if args.credit == "turn" and len(turns) > 1:
+                right = [[not copied and is_right(chat, dialogue, turn, probe)
+                          for dialogue in group]
+                         for turn, probe in enumerate(played.probes[q][:len(turns) - 1])]
+                own = torch.tensor(right, dtype=torch.float64).view(-1, G)
+                turns[:-1] = group_advantages(own).tolist()
+            credited += zip(*turns)
+    return credited
+
+
+def update(policy, reference, optimizer, dialogues: list, advantages: list, teacher: list,
            args) -> dict:
     """One step of Eq. 7 plus Eq. 8, `--updates` times over the same samples -> metrics.
 
-    advantages: one a dialogue, for all of its sampled tokens. A forked pair trains its common
-    prefix twice, once with each advantage. `with reference() as ref` gives pi_ref. teacher: the
-    dialogues of Eq. 8.
+    advantages: for each dialogue a list, one a reply, for all tokens of the reply. `with
+    reference() as ref` gives pi_ref. teacher: the dialogues of Eq. 8.
     """
     n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, also for those that are dropped
-    chosen = [i for i in range(len(dialogues)) if advantages[i] != 0]
-    dialogues = [dialogues[i] for i in chosen]
-    advantages = advantages[chosen].to(policy.device, torch.float32)
+    chosen = [b for b in range(len(dialogues)) if any(advantages[b])]
+    advantages = [dialogues[b].per_token(advantages[b]) for b in chosen]
+    dialogues = [dialogues[b] for b in chosen]
     old_logps, ref_logps = [], []  # an entry a micro-batch, filled in during the first update
     sampler_gap = 0.0
     for _ in range(args.updates):
@@ -244,7 +268,8 @@ def update(policy, reference, optimizer, dialogues: list, advantages: torch.Tens
                 gap = old_logps[b][mask.bool()] - torch.tensor(sampled, device=policy.device)
                 sampler_gap = max(sampler_gap, gap.abs().max().item())
             loss, stats = policy_loss(  # with beta 0, kl is that to the policy that sampled
-                logps, old_logps[b], (ref_logps or old_logps)[b], advantages[batch], mask,
+                logps, old_logps[b], (ref_logps or old_logps)[b],
+                pad_rows([advantages[i] for i in batch], policy.device)[:, 1:], mask,
                 epsilon=args.epsilon, beta=args.beta, n_tokens=n_tokens)
             loss.backward()
             for name, value in {"loss": loss.detach(), **stats}.items():
@@ -290,11 +315,26 @@ def optimizer_step(model, optimizer) -> float:
     return float(norm)
 
 
+def sft_examples(question: dict, args, rng) -> list:
+    """A question and its probes, in lists: --sft-form single, one in each; dialogue, in random
+    order and 1 to k + 1 in each, the question behind the probes of its list."""
+    rows, examples = [question, *question["probes"]], []
+    if args.sft_form == "single":
+        return [[row] for row in rows]
+    rows[1:] = rng.permutation(rows[1:])
+    while rows:
+        n = rng.integers(1, args.turns + 2)
+        examples.append(rows[:n][::-1])
+        rows = rows[n:]
+    return examples
+
+
 def warm_up(args, questions: list, device) -> None:
     """Stage 2: SFT on D_EI for --sft-epochs. Writes OUT/sft: the start of stage 3, and pi_ref."""
     model, chat, optimizer = load_policy(args, args.student, device, args.sft_lr)
-    examples = [teacher_dialogue(chat, [row]) for question in questions
-                for row in (question, *question["probes"])]
+    rng = np.random.default_rng([args.seed, 2])
+    examples = [teacher_dialogue(chat, rows) for question in questions
+                for rows in sft_examples(question, args, rng)]
     order = data_order(len(examples), len(examples) * args.sft_epochs, args.seed)
     n_steps = -(-len(order) // args.sft_batch_size)
     start = load_checkpoint(args, "SFT", model, optimizer)
@@ -311,13 +351,25 @@ def warm_up(args, questions: list, device) -> None:
     os.rename(os.path.join(args.out, "sft.tmp"), os.path.join(args.out, "sft"))  # whole, or not
 
 
-def reinforce(args, questions: list, device) -> None:
+def rl_samples(questions: list, kind: str) -> list:
+    """What a step draws from. "probes" and "both" make each probe a question without probes: the
+    paper's baseline, "RL (R_outcome)", where every EI probe is an independent sample."""
+    probes = [probe | {"id": f"{row['id']}-{probe['rule']}", "probes": []}
+              for row in questions for probe in row["probes"]]
+    alone = [row | {"probes": []} for row in questions]
+    return {"dialogues": questions, "probes": probes, "both": alone + probes}[kind]
+
+
+def reinforce(args, questions: list, tests: dict, device) -> None:
     """Stage 3: --steps steps of ExGRPO from OUT/sft (or the student itself). Writes OUT."""
     source = os.path.join(args.out, "sft") if args.sft_epochs else args.student
     policy, chat, optimizer = load_policy(args, source, device, args.lr)
     reference = load_reference(args, policy, source)
+    questions = rl_samples(questions, args.rl_data)
     order = data_order(len(questions), args.steps * args.questions_per_step, args.seed)
     start = load_checkpoint(args, "ExGRPO", policy, optimizer)
+    if start == 0 and args.sft_epochs:
+        evaluate_checkpoint(args, "after SFT", policy, chat, tests)
     if start > args.steps:
         raise UserError(f"--resume: {start} steps are done, more than --steps {args.steps}")
     with tqdm(range(start, args.steps), initial=start, total=args.steps, desc="ExGRPO") as bar:
@@ -329,16 +381,23 @@ def reinforce(args, questions: list, device) -> None:
                 played = rollout(policy, chat, [questions[i] for i in batch], args, step)
             outcomes, rewards = compute_rewards(chat, played, args.delta, args.nu)  # Eqs. 4-6
             advantages = dialogue_advantages(outcomes, rewards, args.advantage)     # (2, Q, G)
-            teacher = [teacher_dialogue(chat, drawn) for drawn in played.probes if drawn]
+            credit = reply_advantages(chat, played, advantages, args)
+            teacher = [teacher_dialogue(chat, drawn or [row])
+                       for drawn, row in zip(played.probes, played.questions)
+                       if drawn or "probe" in row]
             policy.train(args.gradient_checkpointing)  # checkpointing works in train mode only
-            metrics = update(policy, reference, optimizer, played.full + played.partial,
-                             advantages.flatten(), teacher, args)                   # Eqs. 7 and 8
+            metrics = update(policy, reference, optimizer, played.full + played.partial, credit,
+                             teacher, args)                                         # Eqs. 7 and 8
             metrics |= rollout_metrics(chat, played, outcomes, rewards, advantages, args)
             metrics |= {"step": step + 1, "seconds": time.perf_counter() - started}
             metrics["tokens_per_s"] = metrics["sampled_tokens"] / metrics["seconds"]
-            log_step(args, chat, played, metrics)
+            paid = bool((rewards > outcomes)[0, 0].any())
+            log_step(args, chat, played, credit, paid, metrics)
             bar.set_postfix_str(BAR.format(**metrics))
+            if args.eval_every and (step + 1) % args.eval_every == 0:
+                evaluate_checkpoint(args, f"after step {step + 1}", policy.eval(), chat, tests)
             end_step(args, "ExGRPO", step + 1, args.steps, policy, optimizer)
+    evaluate_checkpoint(args, f"after step {args.steps}", policy.eval(), chat, tests)
     save_model(policy, chat, args.out)
 
 
@@ -380,14 +439,28 @@ def rollout_metrics(chat: Chat, played: Rollout, outcomes, rewards, advantages, 
             "reply_tokens": mean(replies), "sampled_tokens": n_sampled}
 
 
-def log_step(args, chat: Chat, played: Rollout, metrics: dict) -> None:
-    """Logs a row of metrics.csv, and the first full dialogue of the step as text."""
+def log_step(args, chat: Chat, played: Rollout, credit: list, paid: bool, metrics: dict) -> None:
+    """Logs a row of metrics.csv, and the first dialogue of the step and its partial twin as text.
+    Beside each reply stand its verdict and the advantage of its tokens. paid: their bonus is."""
     append_csv(os.path.join(args.out, "metrics.csv"), {name: metrics[name] for name in METRICS})
-    dialogue, row = played.full[0], played.questions[0]
-    verdict = "right" if is_right(chat, dialogue, -1, row) else "wrong"
+    row, probes = played.questions[0], played.probes[0]
+    text = f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
+    text += "bonus paid\n" if paid else "no bonus\n"
+    twins = [("full", played.full[0], credit[0])]
+    if played.partial:
+        twins.append(("partial", played.partial[0], credit[len(played.full)]))
+    for name, dialogue, advantages in twins:
+        text += f"---- {name}\n"
+        end = 0
+        for turn, (start, ids) in enumerate(zip(dialogue.starts, dialogue.replies)):
+            last = turn == len(dialogue.replies) - 1
+            right = is_right(chat, dialogue, turn, row if last else probes[turn])
+            text += (chat.tokenizer.decode(dialogue.ids[end:start])
+                     + f"\n[{'right' if right else 'wrong'}, advantage {advantages[turn]:+.2f}] ")
+            end = start + len(ids)
+            text += chat.tokenizer.decode(ids) + "\n"
     with open(os.path.join(args.out, "dialogues.txt"), "a", encoding="utf-8") as file:
-        file.write(f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
-                   f"final answer {verdict}\n{chat.tokenizer.decode(dialogue.ids)}\n\n")
+        file.write(text + "\n")
 
 
 # ====================================================================== 2. dialogues as token ids
@@ -507,6 +580,7 @@ class Dialogue:
     def __init__(self, ids=(), mask=()):
         self.ids, self.mask, self.logps = list(ids), list(mask), []  # logps: of the sampled tokens
         self.replies, self.truncated = [], []  # ids of each reply; whether it hit the token limit
+        self.starts = []  # where each reply begins in ids
 
     def add_user(self, ids):
         self.ids += ids
@@ -516,11 +590,19 @@ class Dialogue:
         """A reply without end token is closed by one that the student did not sample: mask 0."""
         ids, truncated = chat.finish(ids)
         open_end = ids[-1] not in chat.stop_ids
+        self.starts.append(len(self.ids))
         self.ids += ids + [chat.end_id] * open_end
         self.mask += [1] * len(ids) + [0] * open_end
         self.logps += logps
         self.replies.append(ids)
         self.truncated.append(truncated)
+
+    def per_token(self, values):
+        """A value for each reply -> a list parallel to ids, 0 outside of the replies."""
+        spread = [0.0] * len(self.ids)
+        for start, ids, value in zip(self.starts, self.replies, values):
+            spread[start:start + len(ids)] = [value] * len(ids)
+        return spread
 
 
 # =================================================================================== 3. the sampler
@@ -1106,8 +1188,10 @@ def lock(file, busy: str):
 
 
 MAY_CHANGE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_limit",
-              "micro_batch_tokens", "gradient_checkpointing")  # flags, in a resumed run; the
-                                                               # content of --probes is hashed
+              "eval_every", "micro_batch_tokens", "gradient_checkpointing")  # in a resumed run;
+                                                               # the content of --probes is hashed
+ADDED = {"credit": "outcome", "rl_data": "dialogues", "sft_form": "single"}  # what runs of older
+                                                                             # versions did
 LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # written by each stage
 
 
@@ -1117,8 +1201,11 @@ def open_run(args):
     path, files = os.path.join(args.out, "run.json"), set()
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["student"] = args.student.removeprefix(HERE + os.sep)  # this project may be moved
-    with open(args.probes, "rb") as file:
-        settings["probes_sha256"] = hashlib.sha256(file.read()).hexdigest()
+    probes = hashlib.sha256()
+    for name in args.probes:
+        with open(name, "rb") as file:
+            probes.update(file.read())
+    settings["probes_sha256"] = probes.hexdigest()
     if os.path.isdir(args.out):
         files = set(os.listdir(args.out)) - {"run.json.tmp"}
     if args.resume != ("run.json" in files) or files and not args.resume:
@@ -1131,7 +1218,7 @@ def open_run(args):
         os.makedirs(args.out, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1).encode())
     with open(path, encoding="utf-8") as file:
-        theirs = json.load(file)
+        theirs = ADDED | json.load(file)
     differing = [f"{name} = {theirs.get(name)!r}, not {value!r}"
                  for name, value in settings.items() if value != theirs.get(name)]
     if differing:
@@ -1225,22 +1312,31 @@ def parse_args():
     positive = at_least(0, float, above=True)
     add = parser.add_argument_group("what to train, on what").add_argument
     add("--student", default=TOY_STUDENT, help="local folder or Hub name")
-    add("--probes", default=TOY + "probes.jsonl", help="D_EI file from ei.py")
+    add("--probes", nargs="+", metavar="FILE", default=[TOY + "probes.jsonl"],
+        help="D_EI files from ei.py")
     add("--out", default="runs/exgrpo", help="folder of the run, new or empty unless --resume")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = parser.add_argument_group("the method").add_argument
-    add("--turns", type=natural, default=5, help="k, probes in a full dialogue; 0: plain GRPO")
+    add("--turns", type=natural, help="k, probes in a full dialogue; 0: plain GRPO; None: 5, or 0 "
+        "where --rl-data is not dialogues")
     add("--group-size", type=at_least(2), default=8, help="G, dialogues per question and scenario")
     add("--partial", choices=["forked", "independent"], default="forked",
         help="partial dialogues: forked from the full ones, or sampled apart")
     add("--advantage", choices=["added", "separate", "pooled"], default="added",
         help="how the bonus enters the group's advantages")
+    add("--credit", choices=["outcome", "turn"], default="outcome", help="what a reply to a probe "
+        "is paid for: the dialogue's last answer, or its own")
+    add("--rl-data", choices=["dialogues", "probes", "both"], default="dialogues",
+        help="what is sampled: dialogues; single probes, each paid for its own answer (the paper's "
+        "baseline RL (R_outcome)); or single probes and questions")
     add("--delta", type=size, default=0.5, help="the bonus, Eq. 5, in units of reward; 0: none")
     add("--nu", type=at_least(1, float), default=1.0, help="margin of the bonus, Eq. 5")
     add("--beta", type=size, default=0.04, help="weight of the KL penalty, Eq. 7")
     add("--epsilon", type=positive, default=0.2, help="clip range, Eq. 7")
     add("--aux-weight", type=size, default=0.01, help="weight of the SFT loss, Eq. 8")
     add("--sft-epochs", type=natural, default=3, help="warm-up, Eq. 3; 0: a cold start")
+    add("--sft-form", choices=["single", "dialogue"], default="single",
+        help="an example of the warm-up: one probe or question, or a dialogue of 1 to k + 1")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=natural, default=60, help="ExGRPO steps")
     add("--questions-per-step", type=count, default=4, help="Q, questions in a step")
@@ -1263,8 +1359,15 @@ def parse_args():
     add = parser.add_argument_group("the table at the end").add_argument
     add("--eval", nargs="*", metavar="FILE", help="question or D_EI files (.jsonl), asked greedily "
         "before SFT, after it and at the end; None: the toy's, for the toy's student only")
+    add("--eval-every", type=natural, default=0, help="ask them every so many steps, too; 0: don't")
     add("--eval-limit", type=count, default=600, help="questions or probes of each file")
     args = parser.parse_args()
+    if args.turns is None:
+        args.turns = 5 if args.rl_data == "dialogues" else 0
+    if args.turns and args.rl_data != "dialogues":
+        raise UserError(f"--rl-data {args.rl_data} samples single turns: leave --turns out")
+    if not args.turns and args.credit == "turn":
+        raise UserError("--credit turn pays replies to probes, and without --turns there are none")
     if args.eval is None:  # the toy's tests say nothing about another student
         args.eval = TOY_TESTS if os.path.abspath(args.student) == TOY_STUDENT else []
     return args
@@ -1272,14 +1375,14 @@ def parse_args():
 
 def load_training_data(args) -> list:
     """The kept questions of D_EI with their consistent probes."""
-    _, rows = read_probes(args.probes)
+    rows = [row for path in args.probes for row in read_probes(path)[1]]
     kept = [row | {"probes": [probe for probe in row["probes"] if probe["consistent"]]}
             for row in rows if row["kept"]]
     kept = [row for row in kept if row["probes"]]
     most = max((len(row["probes"]) for row in kept), default=0)
     if not kept or args.turns > most:
-        raise UserError(f"{args.probes}: {len(kept)} of its {len(rows)} questions are kept, none "
-                        f"with more than {most} consistent probes: too few for --turns "
+        raise UserError(f"{' '.join(args.probes)}: {len(kept)} of {len(rows)} questions are kept, "
+                        f"none with more than {most} consistent probes: too few for --turns "
                         f"{args.turns}; python ei.py --report shows why")
     return kept
 
@@ -1294,29 +1397,37 @@ def load_eval(args) -> dict:
     return tests
 
 
-def evaluate_checkpoint(args, label, source, device, tests) -> dict:
-    """Greedy verdicts of a model on tests, as load_eval() gave them, into OUT/eval.json: {label:
-    {file: "0110..."}}. What is there already is not asked again."""
+def read_eval(args) -> dict:
+    """OUT/eval.json: {label: {file: a "0" or "1" for each question}}."""
     path = os.path.join(args.out, "eval.json")
-    table = json.load(open(path)) if os.path.exists(path) else {}
-    table = {label: found for label, found in table.items()  # older versions kept counts only
-             if all(isinstance(verdicts, str) for verdicts in found.values())}
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        return {label: found for label, found in json.load(file).items()
+                if all(isinstance(verdicts, str) for verdicts in found.values())}  # once: counts
+
+
+def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> None:
+    """Asks tests, as load_eval() gave them, greedily, and adds the verdicts to OUT/eval.json. What
+    is there already is not asked again."""
+    table = read_eval(args)
     sizes = {name: len(verdicts) for name, verdicts in table.get(label, {}).items()}
-    if sizes != {name: len(rows) for name, rows in tests.items()} and not STOP.is_set():
-        model, chat = load_model(source, device)
-        table[label] = {}
-        for name, rows in tests.items():
+    if sizes == {name: len(rows) for name, rows in tests.items()}:
+        return
+    table[label] = {}
+    for name, rows in tests.items():
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             replies = generate(model, chat, [chat.first(user_turn(row)) for row in rows],
                                max_new_tokens=args.max_new_tokens)
-            table[label][name] = "".join(
-                "01"[not truncated and reward.is_correct(text, row["answer"], row["answer_type"])]
-                for (text, truncated, _), row in zip(replies, rows))
-        write_whole(path, json.dumps(table, indent=1).encode())
-    return table
+        table[label][name] = "".join(
+            "01"[not truncated and reward.is_correct(text, row["answer"], row["answer_type"])]
+            for (text, truncated, _), row in zip(replies, rows))
+    write_whole(os.path.join(args.out, "eval.json"), json.dumps(table, indent=1).encode())
 
 
-def print_summary(args, table):
+def print_summary(args):
     """The accuracies before and after, and what to do next."""
+    table = read_eval(args)
     if table:
         print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in [*table.values()][0]))
     for label, found in table.items():
@@ -1343,20 +1454,16 @@ def main():
     with open_run(args):
         n_probes = sum(len(row["probes"]) for row in questions)
         print(f"student  {args.student}: {model.num_parameters() / 1e6:.1f} M weights, {device}\n"
-              f"data     {args.probes}: {len(questions)} questions, {n_probes} probes\n"
+              f"data     {' '.join(args.probes)}: {len(questions)} questions, {n_probes} probes\n"
               f"plan     {args.sft_epochs} SFT epochs, learning rate {args.sft_lr:.2g}; then "
               f"{args.steps} steps at {args.lr:.2g}, of {args.questions_per_step} questions x "
               f"{args.group_size} dialogues, k = {args.turns}\nrun      {args.out}", flush=True)
+        evaluate_checkpoint(args, "student", model, chat, tests)
         del model
-        sft = os.path.join(args.out, "sft")
-        evaluate_checkpoint(args, "student", args.student, device, tests)
-        if args.sft_epochs and not os.path.exists(os.path.join(sft, "config.json")):
+        if args.sft_epochs and not os.path.exists(os.path.join(args.out, "sft", "config.json")):
             warm_up(args, questions, device)
-        if args.sft_epochs:
-            evaluate_checkpoint(args, "after SFT", sft, device, tests)
-        reinforce(args, questions, device)
-        table = evaluate_checkpoint(args, f"after step {args.steps}", args.out, device, tests)
-    print_summary(args, table)
+        reinforce(args, questions, tests, device)
+    print_summary(args)
 
 
 if __name__ == "__main__":

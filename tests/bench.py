@@ -259,7 +259,7 @@ def our_update(args, lap, padded=False, sampled=False):
 
     def work():
         dialogues = given or sample(model, chat, scripts, cuts, args)
-        advantages = 1.0 - 2.0 * (torch.arange(len(dialogues)) % 2)  # none is 0
+        advantages = [[1.0 - 2.0 * (b % 2)] * len(d.replies) for b, d in enumerate(dialogues)]
         exgrpo.update(model, reference, optimizer, dialogues, advantages, [], args)
     return work
 

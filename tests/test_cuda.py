@@ -120,7 +120,8 @@ def test_gradients_are_those_of_the_cpu(loaded, moved, kind, monkeypatch):
     def gradient(model, bf16=False):
         recorder = test_loss.Recorder(model.parameters())
         metrics = exgrpo.update(model, lambda: contextlib.nullcontext(model), recorder,
-                                copy.deepcopy(dialogues), advantages, teacher,
+                                copy.deepcopy(dialogues),
+                                test_loss.each_reply(dialogues, advantages), teacher,
                                 test_loss.changed(bf16=bf16))
         return recorder.gradients[-1].cpu(), metrics
     there, _ = moved(kind)

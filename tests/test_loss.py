@@ -1,5 +1,6 @@
 """Advantages, log-probs and losses against closed forms, TRL's own numbers and each other."""
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -344,6 +345,89 @@ def test_without_probes_it_is_plain_grpo(loaded):
 
 
 
+# ------------------------------------------------------------------------- which token gets credit
+
+def conversation(chat, *replies, twin=None, fork=0):
+    """A dialogue with these replies; its first `fork` turns are copied from a twin. A reply without
+    a full stop hit the token limit."""
+    dialogue = copy.deepcopy(twin) if fork else exgrpo.Dialogue()
+    for reply in replies:
+        dialogue.add_user(chat.later("Why?") if dialogue.ids else chat.first("Why?"))
+        ids = chat.encode(f"The answer is {reply}")
+        dialogue.add_reply(ids + [chat.end_id] * reply.endswith("."), chat)
+    return dialogue
+
+
+def credit_of(chat, credit, partial="forked"):
+    """Two questions, G = 2, golds 1 and 2 of the probes and 3 of the question. The first forks
+    behind one turn of two, the second at once.
+    -> the rollout, the dialogues' advantages by hand, those of their replies."""
+    full = [conversation(chat, "1.", "2", "3."),    # its second reply is right, but truncated
+            conversation(chat, "0.", "2.", "4."),
+            conversation(chat, "1.", "2.", "3."),   # all replies of this group are right
+            conversation(chat, "1.", "2.", "3.")]
+    split = [conversation(chat, "1.", "3."), conversation(chat, "0.", "3.")]
+    forked = [conversation(chat, "3.", twin=conversation(chat, "1."), fork=1),
+              conversation(chat, "3.", twin=conversation(chat, "0."), fork=1)]
+    rest = [conversation(chat, "3."), conversation(chat, "4.")]
+    played = exgrpo.Rollout([question("3")] * 2, [[question("1"), question("2")]] * 2, full,
+                            (forked if partial == "forked" else split) + rest)
+    advantages = tensor([[[0.9, -0.8], [0.7, 0.6]], [[0.5, 0.4], [0.3, -0.2]]])
+    args = types.SimpleNamespace(credit=credit, partial=partial)
+    return played, advantages, exgrpo.reply_advantages(chat, played, advantages, args)
+
+
+def test_outcome_credit_gives_every_reply_the_advantage_of_its_dialogue(loaded):
+    _, chat = loaded("llama")
+    _, _, credit = credit_of(chat, "outcome")
+    assert [list(x) for x in credit] == [
+        [0.9] * 3, [-0.8] * 3, [0.7] * 3, [0.6] * 3, [0.5] * 2, [0.4] * 2, [0.3], [-0.2]]
+
+
+@pytest.mark.parametrize("partial", ["forked", "independent"])
+def test_turn_credit_pays_each_reply_for_its_own_answer(loaded, partial):
+    """By hand: of two replies the right one gets 0.7070, the wrong one as much less. A truncated
+    reply is wrong; a group of equal replies gets 0; so does what a fork has copied."""
+    _, chat = loaded("llama")
+    half = 0.5 / (0.5 ** 0.5 + 1e-4)
+    copied = 0.0 if partial == "forked" else half
+    _, _, credit = credit_of(chat, "turn", partial)
+    expected = [[half, -half, 0.9], [-half, half, -0.8], [0.0, 0.0, 0.7], [0.0, 0.0, 0.6],
+                [copied, 0.5], [-copied, 0.4], [0.3], [-0.2]]
+    assert [list(x) for x in credit] == [pytest.approx(row) for row in expected]
+
+
+def test_every_token_gets_the_advantage_of_its_reply(loaded):
+    """Prompts, probes and the end token that closes a truncated reply get none."""
+    _, chat = loaded("llama")
+    played, _, credit = credit_of(chat, "turn")
+    for dialogue, its in zip(played.full + played.partial, credit):
+        spread = dialogue.per_token(its)
+        assert len(spread) == len(dialogue.ids)
+        assert not any(x for x, m in zip(spread, dialogue.mask) if m == 0)
+        assert [x for x, m in zip(spread, dialogue.mask) if m] == [
+            x for x, ids in zip(its, dialogue.replies) for _ in ids]
+
+
+def test_turn_credit_in_the_gradient_is_a_sum_over_replies(loaded, loose_clip):
+    """update() with an advantage for each reply = the sum of updates in which only one turn has
+    its own."""
+    model, chat = loaded("llama")
+    args = changed(beta=0.0, aux_weight=0.0)
+    dialogues, _, _ = a_step(model, chat)
+    values = iter(torch.linspace(-1.0, 1.3, sum(len(d.replies) for d in dialogues)).tolist())
+    whole = [[next(values) for _ in d.replies] for d in dialogues]
+
+    def gradient(advantages):
+        recorder = Recorder(model.parameters())
+        exgrpo.update(model, None, recorder, copy.deepcopy(dialogues), advantages, [], args)
+        return recorder.gradients[-1]
+    parts = [gradient([[x if t == turn else 0.0 for t, x in enumerate(row)] for row in whole])
+             for turn in range(3)]
+    assert all(part.abs().max() > 0 for part in parts)
+    assert torch.allclose(gradient(whole), sum(parts), atol=1e-5)
+
+
 # -------------------------------------------------------------------- log-probs and whole gradients
 
 ARGS = types.SimpleNamespace(group_size=3, max_new_tokens=10, temperature=0.7,
@@ -428,6 +512,11 @@ def a_step(model, chat, seed=0):
     return full + partial, advantages, [exgrpo.teacher_dialogue(chat, drawn) for drawn in probes]
 
 
+def each_reply(dialogues, advantages):
+    """One advantage a dialogue, for all of its replies, as `update` takes them."""
+    return [[float(x)] * len(d.replies) for d, x in zip(dialogues, advantages, strict=True)]
+
+
 class Recorder(torch.optim.SGD):
     """Keeps the gradients of every update, and moves nothing."""
 
@@ -447,7 +536,7 @@ def gradient_of(model, chat, args, advantages=None, reference=None, order=None):
         dialogues, advantages = [dialogues[i] for i in order], advantages[order]
     recorder = Recorder(model.parameters())
     metrics = exgrpo.update(model, lambda: contextlib.nullcontext(reference or model), recorder,
-                            dialogues, advantages, teacher, args)
+                            dialogues, each_reply(dialogues, advantages), teacher, args)
     return recorder.gradients[-1], metrics
 
 
@@ -623,7 +712,8 @@ def test_a_second_update_uses_the_stored_log_probs(loaded, loose_clip):
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
     try:
         metrics = exgrpo.update(model, lambda: contextlib.nullcontext(model), optimizer, dialogues,
-                                advantages, teacher, changed(updates=2, beta=0.0))
+                                each_reply(dialogues, advantages), teacher,
+                                changed(updates=2, beta=0.0))
     finally:
         model.load_state_dict(state)
     assert metrics["clip_share"] > 0.01

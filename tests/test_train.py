@@ -3,12 +3,14 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -476,6 +478,143 @@ def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_pat
     assert go(2, "--eval", a, b, "--resume", "--eval-limit", 2) == 4 and set(asked) == {2}
 
 
+def test_the_table_while_it_trains(monkeypatch, capsys, tiny, tmp_path):
+    """--eval-every: each figure is asked once, also in a run that was killed between a figure and
+    its checkpoint, and all are those of an undisturbed run."""
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 1, "--steps", 5, "--lr", 1e-2,
+             "--save-every", 3, "--eval-every", 2, "--eval", questions(tmp_path / "a.jsonl", 3)]
+    asked, own_generate, own_end = [], exgrpo.generate, exgrpo.end_step
+    monkeypatch.setattr(exgrpo, "generate",
+                        lambda *args, **more: asked.append(1) or own_generate(*args, **more))
+
+    def dies(args, stage, step, *more):
+        if (stage, step) == ("ExGRPO", 4):
+            raise OSError("killed")
+        own_end(args, stage, step, *more)
+    monkeypatch.setattr(exgrpo, "end_step", dies)
+    call(monkeypatch, *flags, "--out", tmp_path / "run", expect=2)
+    assert len(asked) == 4  # before, after SFT, after steps 2 and 4
+    monkeypatch.setattr(exgrpo, "end_step", own_end)
+    call(monkeypatch, *flags, "--out", tmp_path / "run", "--resume")
+    assert len(asked) == 5
+    call(monkeypatch, *flags, "--out", tmp_path / "quiet")
+    tables = [json.loads((tmp_path / run / "eval.json").read_text()) for run in ("run", "quiet")]
+    assert tables[0] == tables[1]
+    assert list(tables[0]) == ["student", "after SFT", "after step 2", "after step 4",
+                               "after step 5"]
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "quiet"))
+    assert "after step 4" in capsys.readouterr().out
+
+
+def step_of(monkeypatch, tiny, out, *flags):
+    """Runs one step -> (its rollout, the dialogues of Eq. 8, each with its advantages)."""
+    seen = {}
+    own_update, own_rollout = exgrpo.update, exgrpo.rollout
+
+    def update(policy, reference, optimizer, dialogues, advantages, teacher, args):
+        seen["update"] = dialogues, advantages, teacher
+        return own_update(policy, reference, optimizer, dialogues, advantages, teacher, args)
+    monkeypatch.setattr(exgrpo, "update", update)
+    monkeypatch.setattr(exgrpo, "rollout",
+                        lambda *args: seen.setdefault("rollout", own_rollout(*args)))
+    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", 1,
+         "--out", out, *flags)
+    return seen["rollout"], *seen["update"]
+
+
+@pytest.mark.parametrize("kind", ["probes", "both"])
+def test_the_papers_baseline_samples_probes_alone(monkeypatch, tiny, tmp_path, varied, kind):
+    """"RL (R_outcome)": each probe is a sample of one turn, paid for its own answer; the auxiliary
+    loss is the teacher's reply to that very probe."""
+    where = SMALL.index("--turns")
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", SMALL[:where] + SMALL[where + 2:])
+    played, dialogues, _, teacher = step_of(
+        monkeypatch, tiny, tmp_path / "run", "--rl-data", kind, "--questions-per-step", 12)
+    assert len(dialogues) == len(played.full) == 36 and not played.partial
+    assert all(len(d.replies) == 1 for d in dialogues)
+    rows = [row for row in exgrpo.read_probes(PROBES)[1] if row["kept"]]
+    golds = {probe["probe"]: probe["answer"] for row in rows for probe in row["probes"]}
+    asked = [row for row in played.questions if "probe" in row]
+    assert all(golds[row["probe"]] == row["answer"] for row in asked)
+    assert len(asked) == 12 if kind == "probes" else 0 < len(asked) < 12
+    assert len(teacher) == len(asked)
+    text = teacher[0].ids[:len(dialogues[0].ids)]
+    assert asked[0]["probe"].split()[0] in exgrpo.load_model(
+        tiny("llama"), torch.device("cpu"))[1].decode(text)
+
+
+def test_sft_examples_as_dialogues():
+    """The same replies, each once; up to k + 1 in a dialogue, the question last in its own."""
+    question = {"question": "Q", "probes": [{"probe": str(i)} for i in range(7)]}
+    args = type("Args", (), {"sft_form": "single", "turns": 2})
+    alone = exgrpo.sft_examples(question, args, np.random.default_rng(0))
+    args.sft_form, lengths, orders = "dialogue", [], set()
+    for seed in range(40):
+        together = exgrpo.sft_examples(question, args, np.random.default_rng(seed))
+        assert sorted(map(str, sum(together, []))) == sorted(map(str, sum(alone, [])))
+        own = next(rows for rows in together if question in rows)
+        assert own[-1] is question
+        lengths += map(len, together)
+        orders.add(str(together))
+    assert set(lengths) == {1, 2, 3} and len(orders) > 30
+
+
+def test_the_warm_up_reads_dialogues(monkeypatch, tiny, tmp_path):
+    lengths, own = [], exgrpo.sft_backward
+    monkeypatch.setattr(exgrpo, "sft_backward", lambda model, dialogues, *args: lengths.extend(
+        len(d.replies) for d in dialogues) or own(model, dialogues, *args))
+    call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 1, "--steps", 0,
+         "--sft-form", "dialogue", "--out", tmp_path / "run")
+    assert set(lengths) == {1, 2, 3}
+
+
+def test_dialogues_txt_shows_what_each_reply_earned(monkeypatch, tiny, tmp_path, varied):
+    played, dialogues, advantages, _ = step_of(monkeypatch, tiny, tmp_path / "run", "--credit",
+                                               "turn")
+    text = (tmp_path / "run" / "dialogues.txt").read_text()
+    assert re.search("step 1, question .*, gold .*, (bonus paid|no bonus)\n", text)
+    full, partial = text.split("---- partial")
+    for part, d, its in ((full, 0, advantages[0]),
+                         (partial, len(played.full), advantages[len(played.full)])):
+        verdicts = [coin(None, dialogues[d], turn, None) for turn in range(len(its))]
+        assert re.findall(r"\[(right|wrong), advantage ([-+.\d]+)\]", part) == [
+            (("wrong", "right")[right], f"{x:+.2f}") for right, x in zip(verdicts, its)]
+
+
+def test_several_probes_files(monkeypatch, tiny, tmp_path):
+    """All of their questions are trained, and a resumed run sees that one has changed."""
+    lines = [line for line in open(PROBES, encoding="utf-8")]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text("".join(lines[:3]))
+    two.write_text(lines[0] + "".join(lines[3:5]))
+    monkeypatch.setattr(sys, "argv", ["exgrpo.py", "--probes", str(one), str(two), "--turns", "1",
+                                      "--out", str(tmp_path / "run"), "--eval"])
+    args = exgrpo.parse_args()
+    together = exgrpo.load_training_data(args)
+    args.probes = [str(one)]
+    apart = exgrpo.load_training_data(args)
+    assert 0 < len(apart) < len(together)
+    args.probes = [str(one), str(two)]
+    exgrpo.open_run(args).close()
+    two.write_text(lines[0] + lines[3])
+    args.resume = True
+    with pytest.raises(exgrpo.UserError, match="probes_sha256"):
+        exgrpo.open_run(args)
+
+
+def test_a_run_from_before_a_flag_existed_goes_on(monkeypatch, capsys, tiny, tmp_path):
+    """It did what the flag's default does; another value is another run."""
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--out", tmp_path / "run"]
+    call(monkeypatch, *flags, "--steps", 1)
+    path = tmp_path / "run" / "run.json"
+    old = {name: value for name, value in json.loads(path.read_text()).items()
+           if name not in exgrpo.ADDED}
+    path.write_text(json.dumps(old))
+    call(monkeypatch, *flags, "--steps", 2, "--resume")
+    fails(monkeypatch, capsys, *flags, "--steps", 3, "--resume", "--credit", "turn",
+          saying=["credit = 'outcome', not 'turn'"])
+
+
 def test_reward_rises(monkeypatch, tiny, tmp_path):
     """The only end-to-end proof. Each question also stands as a probe with a wrong answer, so that
     the warm-up leaves a policy that is undecided between two answers; reinforcement must find the
@@ -551,6 +690,9 @@ def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp
     (["--advantage", "best"], ["--advantage"]),
     (["--unknown"], ["--unknown"]),
     (["--probes", "missing.jsonl"], ["missing.jsonl"]),
+    (["--credit", "turn", "--turns", 0], ["--credit turn", "--turns"]),
+    (["--rl-data", "probes", "--turns", 1], ["--rl-data probes", "--turns"]),
+    (["--rl-data", "probes", "--credit", "turn"], ["--credit turn", "--turns"]),
     (["--resume"], ["holds no run", "new --out"]),
     (["--device", "cuda"], ["--device cuda"]),
 ])
