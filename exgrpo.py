@@ -6,7 +6,8 @@ After "Probing to Refine: Reinforcement Distillation of LLMs via Explanatory Inv
 arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugging Face folder.
 
     warm_up     stage 2: SFT on every probe and question; the result, OUT/sft, is pi_ref     Eq. 3
-    reinforce   stage 3, a step: rollout, compute_rewards, dialogue_advantages, update   Eqs. 4-8
+    reinforce   stage 3, a step: rollout, compute_rewards, dialogue_advantages,
+                reply_advantages, update                                             Eqs. 4-8
 
     paper                  here                               flag            shape or unit
     Q, A                   question, answer                   --probes        a line of D_EI
@@ -16,7 +17,7 @@ arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugg
     R_outcome   (Eq. 4)    is_right, outcomes                                 (2, Q, G)
     r_dsu       (Eq. 5)    reward.dsu_bonus                   --delta, --nu   reward
     R_total     (Eq. 6)    reward.total_rewards, rewards                      (2, Q, G)
-    U           (Eq. 7)    advantages                         --advantage     (2, Q, G)
+    U           (Eq. 7)    advantages, credit                 --advantage, --credit
     rho, epsilon (Eq. 7)   ratio, epsilon                     --epsilon       (B, T)
     beta, KL    (Eq. 7)    beta, kl                           --beta          nats a token
     L_SFT, L_aux (3, 8)    sft_backward                       --aux-weight    nats a token
@@ -28,7 +29,8 @@ the KV cache, H heads, D width, R rows of P places.
 Where the paper is silent or ambiguous, we chose:
  1. A partial dialogue is forked from the full one (--partial independent: sampled apart, as the
     paper words it). The fork point k' is uniform on 0..k-1, drawn once a question.
- 2. What a group is: --advantage added, separate or pooled, see dialogue_advantages.
+ 2. What a group is: --advantage added, separate or pooled, see dialogue_advantages. What replies
+    to probes are paid for (the paper's R_base): --credit, see reply_advantages.
  3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step. KL is k3, per token.
  5. Dialogues of advantage 0 are not forwarded. Their KL term is left out, and their tokens count

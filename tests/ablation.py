@@ -71,31 +71,42 @@ def unfiltered(rows, rng):
         if (row["id"], probe["rule"]) in taken]} for row in able]
 
 
-WARM = "SFT on EI"  # where arms with None in place of their data begin
+PAPER = ["--turns", "5", "--credit", "outcome", "--questions-per-step", "4", "--steps", "60",
+         "--lr", "2.8e-5", "--beta", "0.04", "--aux-weight", "0.01"]  # and our guesses where it
+                                                                      # gives no value
+WARM = "SFT"  # where arms with None in place of their data begin
+ALONE = ["--turns", "0", "--questions-per-step", "36"]  # as many replies a step as the recipe's
 ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
-    "SFT, forward only": (forward_only, ["--steps", "0"]),
     WARM: (as_it_is, ["--steps", "0"]),
-    "plain GRPO": (None, ["--turns", "0", "--aux-weight", "0"]),
-    "plain GRPO, as many samples": (
-        None, ["--turns", "0", "--aux-weight", "0", "--questions-per-step", "28"]),
     "ExGRPO": (None, []),
+    "outcome credit": (None, ["--credit", "outcome"]),
+    "GRPO on questions": (None, ALONE),
+    "RL (R_outcome)": (None, ["--rl-data", "probes", *ALONE[2:]]),  # the paper's baseline
+    "RL (R_outcome) + L_aux": (None, ["--rl-data", "probes", *ALONE[2:], "--aux-weight", "0.1"]),
+    "GRPO on probes and questions": (None, ["--rl-data", "both", *ALONE[2:]]),
     "no bonus": (None, ["--delta", "0"]),
     "bonus separate": (None, ["--advantage", "separate"]),
     "bonus pooled": (None, ["--advantage", "pooled"]),
-    "delta 0.25": (None, ["--delta", "0.25"]),
     "delta 1": (None, ["--delta", "1"]),
-    "nu 1.2": (None, ["--nu", "1.2"]),
     "independent": (None, ["--partial", "independent"]),
-    "no auxiliary loss": (None, ["--aux-weight", "0"]),
-    "auxiliary weight 0.1": (None, ["--aux-weight", "0.1"]),
-    "cold start": (as_it_is, ["--sft-epochs", "0", "--aux-weight", "0"]),
-    "cold start, auxiliary loss": (as_it_is, ["--sft-epochs", "0"]),
-    "unfiltered probes": (unfiltered, []),
+    "aux 0.1": (None, ["--aux-weight", "0.1"]),
+    "aux 1": (None, ["--aux-weight", "1"]),
+    "outcome credit, aux 1": (None, ["--credit", "outcome", "--aux-weight", "1"]),
+    "k = 2": (None, ["--turns", "2", "--questions-per-step", "9"]),
+    "k = 5": (None, ["--turns", "5", "--questions-per-step", "5"]),
+    "k = 5, outcome credit": (
+        None, ["--turns", "5", "--questions-per-step", "5", "--credit", "outcome"]),
+    "the paper's setting": (None, PAPER),
+    "cold start": (as_it_is, ["--sft-epochs", "0"]),
+    "cold start, aux 1": (as_it_is, ["--sft-epochs", "0", "--aux-weight", "1"]),
     "10 % of the data": (part(0.10), []),
     "25 % of the data": (part(0.25), []),
-    "50 % of the data": (part(0.50), []),
-    # One rule's probes (so --turns is 1), SFT only, as in the paper: compare with SFT on EI.
-    **{f"{rule} alone": (one_rule(rule), ["--steps", "0", "--turns", "1"]) for rule in ei.RULES}}
+    "unfiltered probes": (unfiltered, []),
+    "SFT, forward only": (forward_only, ["--steps", "0"]),
+    "SFT as dialogues": (as_it_is, ["--sft-form", "dialogue", "--steps", "0"]),
+    "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
+    # One rule's probes, SFT only, as in the paper.
+    **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES}}
 
 
 # ---------------------------------------------------------------------------------------- the runs
@@ -106,23 +117,24 @@ def folder_of(args, name, seed):
 
 def key_of(args, name, seed):
     """What tells a run's result from that of any other command."""
-    return {"arm": name, "seed": seed, "flags": [*args.others, *ARMS[name][1]],
+    files = [os.path.basename(path) for path in args.eval]
+    return {"arm": name, "seed": seed, "flags": [*args.others, *ARMS[name][1]], "eval": files,
             "D_EI": args.digest}
 
 
 def run(args, name, seed):
-    """One arm with one seed -> {file: % right} at its end."""
+    """One arm with one seed -> {file: verdicts, "0110..."} at its end."""
     change, folder, key = ARMS[name][0], folder_of(args, name, seed), key_of(args, name, seed)
     probes, result = folder + ".jsonl" if change else args.probes, folder + ".json"
     start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
     if os.path.exists(result):  # the run was finished
         with open(result) as file:
             known = json.load(file)
-        table = known.pop("table")
+        verdicts = known.pop("verdicts")
         if known != key:
             raise exgrpo.UserError(f"{folder} was made by another command, or of another D_EI: "
                                    "name another --out")
-        return table
+        return verdicts
     if change:
         header, rows = exgrpo.read_probes(args.probes)
         lines = [{"ei": header}, *change(rows, np.random.default_rng(seed))]
@@ -130,31 +142,29 @@ def run(args, name, seed):
     resume = ["--resume"] if os.path.exists(folder) else []
     with open(folder + ".log", "a") as log:
         code = subprocess.run(
-            [sys.executable, os.path.join(ROOT, "exgrpo.py"), "--eval", *exgrpo.TOY_TESTS,
-             *key["flags"], *start, "--probes", probes, "--seed", str(seed), "--out", folder,
-             *resume],
+            [sys.executable, os.path.join(ROOT, "exgrpo.py"), *key["flags"], *start, "--probes",
+             probes, "--seed", str(seed), "--out", folder, "--eval", *args.eval, *resume],
             stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
         raise exgrpo.UserError(f"the run {folder} ended with code {code}: see {folder}.log")
     with open(os.path.join(folder, "eval.json")) as file:
-        verdicts = list(json.load(file).values())[-1]  # at the run's end, {file: "0110..."}
-    table = {name: 100 * each.count("1") / len(each) for name, each in verdicts.items()}
-    exgrpo.write_whole(result, ei.dump(key | {"table": table}))
-    return table
+        verdicts = list(json.load(file).values())[-1]
+    exgrpo.write_whole(result, ei.dump(key | {"verdicts": verdicts}))
+    return verdicts
 
 
 def read_known(args):
-    """The results in --known that this command would find -> {(arm, seed): {file: % right}}."""
+    """The results in --known that this command would find -> {(arm, seed): {file: verdicts}}."""
     found = {}
     for _, row in exgrpo.read_jsonl(args.known) if args.known else []:
-        table, job = row.pop("table", None), (row.get("arm"), row.get("seed"))
+        verdicts, job = row.pop("verdicts", None), (row.get("arm"), row.get("seed"))
         if job[0] in ARMS and row == key_of(args, *job):
-            found[job] = table
+            found[job] = verdicts
     return found
 
 
 def run_all(args):
-    """-> {arm: [{file: % right} of each seed]}; warm-ups before the arms that begin from them."""
+    """-> {arm: [{file: verdicts} of each seed]}; warm-ups before the arms that begin from them."""
     found = read_known(args)
     missing = [(arm, seed) for seed in range(args.seeds) for arm in ARMS
                if arm in args.arms and (arm, seed) not in found]
@@ -193,6 +203,8 @@ def paired(differences):
 
 
 def print_tables(args, found):
+    found = {arm: [{file: 100 * each.count("1") / len(each) for file, each in verdicts.items()}
+                   for verdicts in seeds] for arm, seeds in found.items()}
     files = list(next(iter(found.values()))[0])
     print(f"% right, mean of {args.seeds} seeds (lowest - highest)\n{'':28}"
           + "".join(f"{file:>26}" for file in files))
@@ -216,12 +228,14 @@ def main():
     parser = exgrpo.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="runs/ablation", help="folder of all runs")
     parser.add_argument("--probes", default=os.path.join(ROOT, "toy", "probes.jsonl"), help="D_EI")
+    parser.add_argument("--eval", nargs="+", metavar="FILE", default=exgrpo.TOY_TESTS,
+                        help="what each run is asked at its end")
     parser.add_argument("--seeds", type=exgrpo.at_least(1), default=5, help="runs of each arm")
     parser.add_argument("--jobs", type=exgrpo.at_least(1), default=2, help="runs side by side")
     parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="ARM",
                         help=f"one or more of: {'; '.join(ARMS)}; all".replace("%", "%%"))
     parser.add_argument("--known", metavar="FILE", help="results of finished runs, see above")
-    parser.add_argument("--against", choices=ARMS, default="ExGRPO", metavar="ARM",
+    parser.add_argument("--against", choices=ARMS, default=WARM, metavar="ARM",
                         help="the arm that the others are compared with")
     args, args.others = parser.parse_known_args()
     args.arms = args.arms or list(ARMS)

@@ -131,7 +131,7 @@ def test_the_ablation_runs_each_arm_once(tmp_path, monkeypatch, capsys):
     few.write_bytes(b"".join(map(ei.dump, [{"ei": header}, *kept])))
     monkeypatch.setattr(sys, "argv", [
         "ablation.py", "--probes", str(few), "--seeds", "1", "--out", str(tmp_path / "a"),
-        "--arms", "SFT, forward only", "SFT on EI", "--sft-epochs", "1", "--eval-limit", "4"])
+        "--arms", "SFT, forward only", "SFT", "--sft-epochs", "1", "--eval-limit", "4"])
     ablation.main()
     assert "SFT, forward only" in capsys.readouterr().out
     _, plain = exgrpo.read_probes(tmp_path / "a" / "SFT-forward_only-0.jsonl")
