@@ -395,7 +395,7 @@ def parse_args(argv=None):
     add("--out", help="folder of outputs.jsonl, baseline.jsonl, results.json, results.md and "
                       "curves.png; new or empty. None: the first free evals/N")
     add("--seed", type=at_least(0), default=0, help="of the samples and of the bootstrap")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     group = parser.add_argument_group("without a model")
     add = group.add_mutually_exclusive_group().add_argument
     add("--compare", nargs=2, metavar=("A", "B"), help="outputs.jsonl of two calls: A against B")

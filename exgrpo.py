@@ -60,7 +60,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 import reward
@@ -405,9 +404,7 @@ def teacher_reply(row: dict) -> str:
 
 class Chat:
     """Turns <-> token ids. A dialogue only grows: nothing that was sampled is encoded again.
-
-    first(user) opens a dialogue; later(user) continues it after the end token of a reply. A model
-    without chat template gets "Question: ... Answer:".
+    A model without chat template gets "Question: ... Answer:".
     """
 
     def __init__(self, tokenizer, model):
@@ -415,13 +412,16 @@ class Chat:
         self.plain = tokenizer.chat_template is None
         ends = model.generation_config.eos_token_id  # one id, a list or None
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        self.end_id = tokenizer.eos_token_id if self.plain else self._end_of_turn(ends)
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
+                   if token.special or i in ends}
+        # The first special token behind a reply ends it. That need not be eos (Qwen's base models).
+        behind = [] if self.plain else self._around_reply("x")[1] + self._around_reply()[1]
+        self.end_id = next((i for i in behind if i in special), tokenizer.eos_token_id)
         if self.end_id is None:
             raise UserError(f"{model.name_or_path} has no end token (eos_token), so a reply could "
                             "not stop: see its tokenizer_config.json and chat template")
         self.stop_ids = sorted(ends | {self.end_id})
-        self.special = {str(token) for i, token in tokenizer.added_tokens_decoder.items()
-                        if token.special or i in self.stop_ids}
+        self.special = list(special.values())
 
     def _render(self, *turns, reply_next):
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
@@ -431,26 +431,17 @@ class Chat:
             date_string="26 Jul 2024"))  # else Llama 3 prints today's, and prompts would change
 
     def _around_reply(self, *user):
-        """Renders a chat twice with different replies to "x", before the turn `user`. What both
-        begin and end with is what the template puts before and after a reply."""
+        """What stands before and after a reply to "x" if the next turn is `user`: what two chats
+        with different replies both begin and end with."""
         one, two = (self._render("x", reply, *user, reply_next=bool(user)) for reply in ("1", "2"))
         before = os.path.commonprefix([one, two])
         after = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
         return before, after if one != two else []  # equal: the template leaves replies out
 
-    def _end_of_turn(self, ends):
-        """The special token that the template puts after a reply. It need not be eos (Qwen's base
-        models), and it is not what ends the whole dialogue (Phi-3)."""
-        special = ends | set(self.tokenizer.all_special_ids)
-        (_, at_end), (_, inside) = self._around_reply(), self._around_reply("x")
-        shared = os.path.commonprefix([at_end, inside])
-        return next((i for i in shared[::-1] + at_end[::-1] if i in special), None)
-
     def _clean(self, text):
-        """Removes special tokens, which would open or close turns, from untrusted text: again and
-        again, because to remove one may join the halves of another."""
-        while found := [token for token in self.special if token in text]:
-            for token in found:
+        """Removes special tokens, which would open or close turns, from untrusted text."""
+        while any(token in text for token in self.special):  # one may hide in the halves of another
+            for token in self.special:
                 text = text.replace(token, "")
         return text
 
@@ -470,21 +461,21 @@ class Chat:
         return ids, ids[-1] not in self.stop_ids
 
     def first(self, user: str) -> list:
+        """The ids that open a dialogue, up to where the reply begins."""
         user = self._clean(user)
         if not self.plain:
             return self._render(user, reply_next=True)
         return self.tokenizer(f"Question: {user}\nAnswer:").input_ids  # with bos, if it has one
 
     def later(self, user: str) -> list:
-        """The ids that follow the end token of a reply. The template must leave earlier turns as
-        they were, except that first() may end in an opening such as <think>."""
+        """The ids between the end token of a reply and the next reply. The template must leave an
+        earlier user turn as it was; it may open a reply otherwise, as by <think>."""
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
-        (before, after), opened = self._around_reply(user), self._render("x", reply_next=True)
-        n = min(len(before), len(opened))
-        if self.end_id not in after or (
-                before[:n] != opened[:n] and before != self._around_reply()[0]):
+        before, after = self._around_reply(user)
+        asked = os.path.commonprefix([self._render("x", reply_next=on) for on in (True, False)])
+        if self.end_id not in after or before[:len(asked)] != asked:
             raise UserError("the chat template rewrites earlier turns, so a dialogue cannot grow "
                             "token by token; give the tokenizer a template that only appends")
         return after[after.index(self.end_id) + 1:]
@@ -527,10 +518,8 @@ class Dialogue:
 
 class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of row b is at [b, :, t].
-
-    So there is no padding inside a row, and a query at position p sees the slots up to p. Slots
-    after a row's last token hold garbage that no query sees; they are overwritten as it grows.
-    """
+    A query at position p sees the slots up to p. What stands behind a row's last token is seen by
+    no query, and is overwritten as the row grows."""
 
     def __init__(self, n_rows: int, device):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
@@ -563,14 +552,12 @@ class KVCache:
 def attention_mask(config, visible, distance):
     """Which keys a query sees, and how many tokens before it each stands, (B, T, S) -> the additive
     mask (B, 1, T, S); a dict of two if only some layers have a sliding window."""
-    def additive(visible):
-        mask = torch.zeros(visible.shape, device=visible.device)
-        return mask.masked_fill_(~visible, float("-inf"))[:, None]
+    full = visible.float().log()[:, None]  # 0 where visible, else -inf
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or kinds and "sliding_attention" not in kinds:
-        return additive(visible)
-    sliding = additive(visible & (distance < window))
-    return {"full_attention": additive(visible), "sliding_attention": sliding} if kinds else sliding
+        return full
+    sliding = (visible & (distance < window)).float().log()[:, None]
+    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 
 def next_logits(model, cache: KVCache, ids, positions, last=-1):
@@ -648,25 +635,21 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
            cache: KVCache | None = None):
     """Samples group_size replies to each prompt (lists of ids) from softmax(logits / temperature).
 
-    Without a cache each prompt is read once for its group: B = Q * G rows, group by group. With the
-    cache of an earlier call, prompts are its rows' whole dialogues, of which only the new ids are
-    read. Returns B replies (ids up to and with the first sampled stop token, or as many as fit, and
-    of these what finish(ids) gives first), their log-probs, and the cache, which lacks only the
-    last token of each reply: it was not read.
+    A group's prompt is read once; then there are B = Q * G rows, group by group. With the cache of
+    an earlier call, prompts are its rows' whole dialogues, and only what is new in them is read.
+    Returns B replies (ids up to the first stop token, or as many as fit, and of these what
+    finish(ids) gives first), their log-probs, and the cache, which lacks each reply's last token.
     """
-    device, cpu = model.device, model.device.type == "cpu"
-    if cache is None:
-        cache = KVCache(len(prompts), device)
-        logits = prefill(model, cache, prompts)
-        copies = [i for i in range(len(prompts)) for _ in range(group_size)]
-        cache.select(copies)
-        logits, prompts = logits[copies], [prompts[i] for i in copies]
-    else:
-        logits = prefill(model, cache, [ids[n:] for n, ids in zip(cache.lengths, prompts)])
+    device, context = model.device, context_size(model)
+    cache = KVCache(len(prompts), device) if cache is None else cache
+    logits = prefill(model, cache, [ids[n:] for n, ids in zip(cache.lengths, prompts)])
     if not logits.isfinite().all():
         raise UserError("the model's logits are not all finite numbers: its weights are spoiled, "
                         "as by too large an --lr or --sft-lr; start again from others")
-    B, longest, context = len(prompts), max(cache.lengths), context_size(model)
+    rows = [i for i in range(len(prompts)) for _ in range(group_size)]
+    cache.select(rows)
+    logits, prompts, B = logits[rows], [prompts[i] for i in rows], len(rows)
+    longest = max(cache.lengths)
     if longest >= context:
         raise UserError(f"a prompt of {longest} tokens leaves no room for a reply: the model reads "
                         f"{context}; lower --turns or --max-new-tokens, or leave long texts out")
@@ -675,14 +658,13 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
     running = torch.ones(B, dtype=torch.bool, device=device)
-    double = torch.float32 if device.type == "mps" else torch.float64
     decode = CudaGraphDecoder() if device.type == "cuda" else next_logits
     for t in range(max_new_tokens):
-        uniform = torch.rand(B, generator=generator, device=device, dtype=double)
+        uniform = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
         tokens[:, t], logps[:, t] = sample_token(logits, temperature, uniform)
         running &= ~torch.isin(tokens[:, t], stop)
         # Finished rows run on until all are. To ask a GPU for a value is to wait for it.
-        if t + 1 == max_new_tokens or (cpu or t % 8 == 7) and not running.any():
+        if t + 1 == max_new_tokens or (device.type == "cpu" or t % 8 == 7) and not running.any():
             break
         cache.reserve(longest + t + 1)
         logits = decode(model, cache, tokens[:, t:t + 1], (lengths + t)[:, None])   # (B, V)
@@ -868,28 +850,25 @@ def load_model(name: str, device):
 
 @torch.no_grad()
 def check_model(model):
-    """Refuses a model unless the log-probs of the sampler, after two turns of two groups, and of
-    the prefix trees are those of its own plain forward pass."""
-    options = {"max_new_tokens": 4, "temperature": 1.0, "stop_ids": [],
-               "generator": torch.Generator(model.device).manual_seed(0)}
+    """Refuses a model unless the sampler and the prefix trees give the log-probs of its own plain
+    forward pass, here of two ragged rows with a common beginning."""
+    cache, prompts, gaps = KVCache(1, model.device), [[2, 3, 4, 5, 6], [2, 3, 4, 7]], []
+    cache.block = 512  # a model must not take the last slot for the query's position
     try:
-        replies, _, cache = sample(model, [[2, 3, 4, 5, 6], [2, 3]], group_size=2, **options)
-        prompts = [[2, 3, 4, 5, 6][:5 if b < 2 else 2] + replies[b] + [7, 8] for b in range(4)]
-        cache.block = 512  # a model must not take the last slot for the query's position
-        replies, sampled, _ = sample(model, prompts, cache=cache, **options)
-        dialogues = [Dialogue(prompt + reply, [1] * len(prompt + reply))
-                     for prompt, reply in zip(prompts, replies)]
-        gaps = []
-        for members, trees in pack(dialogues, 99, model.device):
-            for b, scored in zip(members, tree_logprobs(model, trees)):
-                ids = torch.tensor(dialogues[b].ids, device=model.device)
-                logits = model(ids[None]).logits[0, :-1].float()
-                own = -F.cross_entropy(logits, ids[1:], reduction="none")
-                gaps += [scored[:len(own)] - own, own[-4:] - torch.tensor(sampled[b]).to(own)]
+        prefill(model, cache, [[2, 3, 4]])
+        cache.select([0, 0])
+        replies, sampled, _ = sample(
+            model, prompts, max_new_tokens=4, temperature=1.0, stop_ids=[], cache=cache,
+            generator=torch.Generator(model.device).manual_seed(0))
+        rows = [prompt + reply for prompt, reply in zip(prompts, replies)]
+        (members, trees), = pack([Dialogue(row, [1] * len(row)) for row in rows], 99, model.device)
+        for b, scored in zip(members, tree_logprobs(model, trees)):
+            ids = torch.tensor(rows[b], device=model.device)
+            logits = model(ids[None]).logits[0, :-1].float()
+            own = -F.cross_entropy(logits, ids[1:], reduction="none")
+            gaps += [scored[:len(own)] - own, torch.tensor(sampled[b]).to(own) - own[-4:]]
         worst = torch.cat(gaps).abs().max().item()
         assert worst <= 1e-2, f"log-probs differ by {worst:.2g}"  # nan is never <=
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a model that is built otherwise raises
         raise UserError(f"the sampler does not reproduce {type(model).__name__} ({error!r:.300}); "
                         "use a Llama-like or GPT-2-like model")
@@ -917,7 +896,7 @@ def load_policy(args, source, device, lr):
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model, chat, torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0,
-        fused=device.type != "mps")
+        fused=True)
 
 
 def load_reference(args, policy, source):
@@ -932,7 +911,7 @@ def freeze(model, bf16: bool):
     """No weight is trained. With bf16, linear weights are stored so: autocast rounds them, too."""
     model.requires_grad_(False)
     for module in model.base_model.modules():
-        if bf16 and isinstance(module, (nn.Linear, Conv1D)):
+        if bf16 and isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.bfloat16()
     return model
 
@@ -943,11 +922,10 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank: int, alpha: float):
         super().__init__()
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D: transposed
         self.base, self.scale = base, alpha / rank
-        start = nn.init.kaiming_uniform_(torch.empty(rank, weight.shape[1]), a=5 ** 0.5)
-        self.A = nn.Parameter(start.to(weight.device))  # the same on every device
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5 ** 0.5)
+        self.A = nn.Parameter(start.to(base.weight.device))  # the same on every device
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x):
         y = self.base(x)
@@ -958,8 +936,10 @@ def add_lora(model, rank: int, alpha: float, bf16: bool = False):
     """Freezes the model and wraps every linear layer below the loss head."""
     for module in list(freeze(model, bf16).base_model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) in (nn.Linear, Conv1D):
+            if type(child) is nn.Linear:
                 setattr(module, name, LoRA(child, rank, alpha))
+    if not any(isinstance(module, LoRA) for module in model.modules()):
+        raise UserError(f"--lora-rank: {type(model).__name__} has no linear layer to adapt")
 
 
 @torch.no_grad()
@@ -968,8 +948,7 @@ def merge_lora(model):
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRA):
-                delta, base = child.scale * child.B @ child.A, child.base
-                delta = delta if isinstance(base, nn.Linear) else delta.T
+                base, delta = child.base, child.scale * child.B @ child.A
                 base.weight.data = base.weight.data.float() + delta
                 setattr(module, name, base)
 
@@ -1209,14 +1188,10 @@ def at_least(low, kind=int, above=False):
 
 
 def pick_device(name: str):
-    """"auto" is the first of cuda, mps and cpu that this machine has."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (AssertionError, RuntimeError):
-        raise UserError(f"--device {name}: torch finds none on this machine; try --device auto")
+    """"auto" is cuda where there is a GPU, else cpu."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds none on this machine; try --device auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def parse_args():
@@ -1259,7 +1234,7 @@ def parse_args():
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--save-every", type=count, default=20, help="steps between checkpoints")
     add("--seed", type=natural, default=0, help="of the data order, the forks and the samples")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add = parser.add_argument_group("the table at the end").add_argument
     add("--eval", nargs="*", metavar="FILE", help="question or D_EI files (.jsonl), asked greedily "
         "before SFT, after it and at the end; None: the toy's, for the toy's student only")
