@@ -229,7 +229,7 @@ def update(policy, reference, optimizer, dialogues: list, advantages: torch.Tens
     sampler_gap = 0.0
     for _ in range(args.updates):
         metrics = dict.fromkeys(("loss", "kl", "clip_share", "aux_loss"), 0.0)
-        for b, (batch, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy.device)):
+        for b, (batch, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy)):
             first_update = b == len(old_logps)
             mask = trees.mask[:, 1:]                                                # (B, T-1)
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
@@ -273,7 +273,7 @@ def sft_backward(model, dialogues: list, args, weight: float = 1.0) -> float:
     """Adds the gradient of weight * mean NLL of the trained tokens; returns the mean NLL."""
     n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, for all micro-batches
     total = 0.0
-    for _, trees in pack(dialogues, args.micro_batch_tokens, model.device):
+    for _, trees in pack(dialogues, args.micro_batch_tokens, model):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             loss = -tree_logprobs(model, trees).sum() / n_tokens                    # Eqs. 3 and 8
         (weight * loss).backward()
@@ -700,8 +700,8 @@ LOGITS_HELD = 2 ** 26  # floats, 256 MiB: logits are formed for at most so many 
 
 
 def micro_batches(lengths: list, budget: int) -> list:
-    """Indices of the rows, longest first, in batches whose padded size is at most `budget` tokens.
-    A row longer than the budget is alone. micro_batches([5, 9, 4], 10) == [[1], [0, 2]]."""
+    """Indices of the rows, longest first, in batches of at most `budget` padded tokens, or of one
+    row. micro_batches([5, 9, 4], 10) == [[1], [0, 2]]."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
@@ -711,8 +711,7 @@ def micro_batches(lengths: list, budget: int) -> list:
 
 
 def pad_rows(rows: list, device):
-    """B lists, ids or masks, right-padded with zeros -> (B, T). A mask comes from lengths, never
-    from ids, since pad may equal eos."""
+    """B lists, ids or masks, right-padded with zeros -> (B, T)."""
     T = max(map(len, rows))
     return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
 
@@ -737,12 +736,9 @@ def head_logprobs(model, hidden, targets, temperature: float):
 
 
 def token_logprobs(model, ids, mask, temperature: float = 1.0):
-    """log pi(ids[:, t] | ids[:, :t]) under softmax(logits / temperature) where mask is 1, else 0.
-
-    ids, mask (B, T), right-padded -> (B, T-1): column t is about token t+1, because the logits at
-    position t predict the next token. ids [[7, 8, 9]] with mask [[0, 0, 1]] give
-    [[0, log p(9 | 7, 8)]]. Training uses tree_logprobs: the same values, shared tokens read once.
-    """
+    """Right-padded ids and mask (B, T) -> their log-probs under softmax(logits / temperature) where
+    mask is 1, else 0, (B, T-1). Column t is about token t+1: ids [[7, 8, 9]] with mask [[0, 0, 1]]
+    give [[0, log p(9 | 7, 8)]]. Training uses tree_logprobs: the same, shared tokens read once."""
     keep = mask[:, 1:].bool()
     hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logps = head_logprobs(model, hidden[keep], ids[:, 1:][keep], temperature)       # (N,)
@@ -751,64 +747,65 @@ def token_logprobs(model, ids, mask, temperature: float = 1.0):
 
 class PackedTrees(NamedTuple):
     """R prefix trees of B dialogues, one tree a row, padded to P places. Dialogues that begin alike
-    share places: [1, 2, 3] and [1, 2, 4] become ids [1, 2, 3, 4], positions [0, 1, 2, 2] and the
-    paths [0, 1, 2] and [0, 1, 3]."""
+    share places: [1, 2, 3] and [1, 2, 4] become ids [1, 2, 3, 4] and the paths [0, 1, 2] and
+    [0, 1, 3]."""
     ids: torch.Tensor        # (R, P)
-    positions: torch.Tensor  # (R, P), of each token in its dialogue
     visible: torch.Tensor    # (R, P, P), bool: a query sees itself and its ancestors
     paths: torch.Tensor      # (B, T), the places of a dialogue's tokens, as r * P + place
-    targets: torch.Tensor    # (B, T), its tokens
     mask: torch.Tensor       # (B, T), 1 = trained; 0 elsewhere and after the dialogue's end
 
 
-def prefix_trees(rows: list, budget: int) -> list:
-    """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
-    joins a tree only if a third of its tokens are shared: attention costs places squared."""
+def prefix_trees(rows: list, budget: int, width: int) -> list:
+    """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row)."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
-        if 3 * shared < n or size + n - shared > budget:
+        new = n - shared
+        if 3 * shared < n or size + new > budget:
             trees.append([])
-            size = shared = 0
-        path, last = path[:shared] + list(range(size, size + n - shared)), rows[b]
-        size += n - shared
+            size, shared, new = 0, 0, n
+        path, last = path[:shared] + list(range(size, size + new)), rows[b]
+        size += new
         trees[-1].append((b, path))
     return trees
 
 
-def pack(dialogues: list, budget: int, device):
+def pack(dialogues: list, budget: int, model):
     """Packs dialogues into micro-batches of at most `budget` padded places. Yields (the indices of
     the B dialogues of each, PackedTrees)."""
-    trees = prefix_trees([d.ids for d in dialogues], budget)
+    width = model.config.get_text_config().hidden_size
+    trees = prefix_trees([d.ids for d in dialogues], budget, width)
     sizes = [1 + max(max(path) for _, path in tree) for tree in trees]
     for batch in micro_batches(sizes, budget):
         R, P = len(batch), sizes[batch[0]]
-        ids, positions = torch.zeros(2, R, P, dtype=torch.long)
+        ids = torch.zeros(R, P, dtype=torch.long)
         visible = torch.eye(P, dtype=torch.bool).repeat(R, 1, 1)  # padding sees itself: no nan
         members, paths = [], []
         for r, (b, path) in ((r, member) for r, i in enumerate(batch) for member in trees[i]):
             members.append(b)
             paths.append([r * P + place for place in path])
             path, n = torch.tensor(path), len(path)
-            ids[r, path], positions[r, path] = torch.tensor(dialogues[b].ids), torch.arange(n)
+            ids[r, path] = torch.tensor(dialogues[b].ids)
             visible[r, path[:, None], path] = torch.ones(n, n, dtype=torch.bool).tril()
-        yield members, PackedTrees(*(x.to(device) for x in (ids, positions, visible)), *(
-            pad_rows(x, device) for x in (paths, [dialogues[b].ids for b in members],
-                                          [dialogues[b].mask for b in members])))
+        masks = [dialogues[b].mask for b in members]
+        yield members, PackedTrees(ids.to(model.device), visible.to(model.device),
+                                   pad_rows(paths, model.device), pad_rows(masks, model.device))
 
 
 def tree_logprobs(model, trees: PackedTrees, temperature: float = 1.0):
     """token_logprobs of the B dialogues, (B, T-1), but a token shared in a tree is computed once.
     Autograd adds up, at such a token, the gradients of all dialogues that contain it."""
-    distance = trees.positions[:, :, None] - trees.positions[:, None]               # (R, P, P)
+    positions = trees.visible.sum(-1) - 1  # a token's ancestors are all that stands before it
+    distance = positions[:, :, None] - positions[:, None]                           # (R, P, P)
     mask = attention_mask(model.config.get_text_config(), trees.visible, distance)
-    hidden = model.base_model(input_ids=trees.ids, position_ids=trees.positions,
-                              attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=trees.ids, position_ids=positions, attention_mask=mask,
+                              use_cache=False).last_hidden_state                    # (R, P, D)
     keep = trees.mask[:, 1:].bool()                                                 # (B, T-1)
     # F.embedding, and not hidden[...]: its gradient adds up in a fixed order. That of indexing
     # adds in the order in which a CPU's threads arrive, and two runs would differ.
     before = F.embedding(trees.paths[:, :-1][keep], hidden.flatten(0, 1))           # (N, D)
-    logps = head_logprobs(model, before, trees.targets[:, 1:][keep], temperature)   # (N,)
+    targets = trees.ids.flatten()[trees.paths[:, 1:][keep]]                         # (N,)
+    logps = head_logprobs(model, before, targets, temperature)
     return torch.zeros(keep.shape, device=keep.device).masked_scatter(keep, logps)
 
 
@@ -861,7 +858,7 @@ def check_model(model):
             model, prompts, max_new_tokens=4, temperature=1.0, stop_ids=[], cache=cache,
             generator=torch.Generator(model.device).manual_seed(0))
         rows = [prompt + reply for prompt, reply in zip(prompts, replies)]
-        (members, trees), = pack([Dialogue(row, [1] * len(row)) for row in rows], 99, model.device)
+        (members, trees), = pack([Dialogue(row, [1] * len(row)) for row in rows], 99, model)
         for b, scored in zip(members, tree_logprobs(model, trees)):
             ids = torch.tensor(rows[b], device=model.device)
             logits = model(ids[None]).logits[0, :-1].float()
