@@ -811,8 +811,7 @@ def tree_logprobs(model, trees: PackedTrees, temperature: float = 1.0):
 
 # ========================================================================== 5. the model, and LoRA
 
-HUB_OWNERS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "gemma": "google", "llama": "meta-llama",
-              "mistral": "mistralai", "phi": "microsoft"}
+HUB_OWNERS = {"qwen": "Qwen", "gemma": "google", "llama": "meta-llama", "smollm": "HuggingFaceTB"}
 
 
 def resolve_model(name: str) -> str:
@@ -832,8 +831,8 @@ def load_model(name: str, device):
     except UserError:
         raise
     except Exception as error:  # of many kinds: OSError, ValueError, ImportError, jinja's, ...
-        raise UserError(f"the model {path} cannot be loaded, neither from a local folder nor from "
-                        f"the Hub: is its name right, and is there a network? ({error!r:.300})")
+        raise UserError(f"{path} cannot be loaded, neither from a local folder nor from the Hub: "
+                        f"is the name right, and is there a network? ({error!r:.300})")
     for parameter in model.parameters():  # aligned memory, unlike a mapped file's: reproducible
         parameter.data = parameter.data.clone()
     for module in model.modules():  # no dropout, or pi_theta would not be the policy that sampled
@@ -875,9 +874,9 @@ def context_size(model) -> int:
     """The tokens that the model reads. longrope turns all keys where its original context ends."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    return min(limit, rope.get("original_max_position_embeddings", limit)
-               if rope.get("rope_type") == "longrope" else limit)
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def load_policy(args, source, device, lr):
@@ -886,9 +885,6 @@ def load_policy(args, source, device, lr):
     if args.lora_rank:
         torch.manual_seed(args.seed % 2 ** 63)  # the start of the adapters
         add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
-        adapted = sum(m.base.weight.numel() for m in model.modules() if isinstance(m, LoRA))
-        print(f"LoRA     adapts linear layers with {adapted / model.num_parameters():.0%} of the "
-              "weights; embeddings and a mixture's experts stay as they are")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model, chat, torch.optim.AdamW(
@@ -931,23 +927,24 @@ class LoRA(nn.Module):
 
 def add_lora(model, rank: int, alpha: float, bf16: bool = False):
     """Freezes the model and wraps every linear layer below the loss head."""
-    for module in list(freeze(model, bf16).base_model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, LoRA(child, rank, alpha))
-    if not any(isinstance(module, LoRA) for module in model.modules()):
+    adapted = 0
+    for name, layer in list(freeze(model, bf16).base_model.named_modules()):
+        if type(layer) is nn.Linear:
+            model.base_model.set_submodule(name, LoRA(layer, rank, alpha))
+            adapted += layer.weight.numel()
+    if not adapted:
         raise UserError(f"--lora-rank: {type(model).__name__} has no linear layer to adapt")
+    print(f"LoRA     on linear layers, {adapted / model.num_parameters():.0%} of the weights")
 
 
 @torch.no_grad()
 def merge_lora(model):
     """Adds every B A to its W and puts the plain layer back."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRA):
-                base, delta = child.base, child.scale * child.B @ child.A
-                base.weight.data = base.weight.data.float() + delta
-                setattr(module, name, base)
+    for name, lora in list(model.named_modules()):
+        if isinstance(lora, LoRA):
+            delta = lora.scale * lora.B @ lora.A
+            lora.base.weight.data = lora.base.weight.data.float() + delta
+            model.set_submodule(name, lora.base)
 
 
 @contextlib.contextmanager
@@ -995,7 +992,6 @@ def run(main):
 
 def read_jsonl(path):
     """Yields (where, object) for every line that is not blank; where is "file.jsonl:12"."""
-    number = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -1009,12 +1005,18 @@ def read_jsonl(path):
         raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete this line")
 
 
-def check_question(row, where, keys=("id", "question", "answer"), seen=None):
+QUESTION = {"id": str, "question": str, "answer": str, "answer_type": str, "rationale": str}
+PROBE = {"rule": str, "probe": str, "answer": str, "answer_type": str, "rationale": str,
+         "consistent": bool}
+
+
+def check_question(row, where, keys=QUESTION, seen=None):
     """Returns row if it is a question (with other keys, a probe); else says what is wrong, where.
-    seen: a dict that remembers where each id stood, so that a second one is refused."""
-    for key in (*keys, "answer_type", "rationale"):
-        if not isinstance(row.get(key), str) or key in keys and not row[key].strip():
-            raise UserError(f'{where}: "{key}" is missing, empty or not a string')
+    seen: where each id stood so far."""
+    for key, kind in keys.items():
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, kind) or key != "rationale" and not str(value).strip():
+            raise UserError(f'{where}: "{key}" is missing, empty or no {kind.__name__}')
     answer, kind = row["answer"], row["answer_type"]
     if kind not in reward.INSTRUCTION:
         raise UserError(f'{where}: unknown answer_type "{kind}"; it is one of '
@@ -1027,30 +1029,22 @@ def check_question(row, where, keys=("id", "question", "answer"), seen=None):
     return row
 
 
-def read_probes(path):
-    """A D_EI file -> (header, rows). README.md shows its format; every line is checked."""
-    lines, seen, rows = read_jsonl(path), {}, []
-    where, first = next(lines, (path, {}))
-    if not isinstance(first.get("ei"), dict):
-        raise UserError(f'{where}: no D_EI file: its first line is no {{"ei": ...}} header. '
+def read_probes(path, or_questions=False):
+    """A D_EI file -> (header, rows), every line checked; README.md shows its format. With
+    or_questions, a file of questions will do: its rows have no "probes"."""
+    lines, keys, seen = list(read_jsonl(path)), QUESTION, {}
+    header = lines[0][1].get("ei") if lines else None
+    if isinstance(header, dict):
+        del lines[0]
+        keys = QUESTION | {"kept": bool, "probes": list}
+    elif not or_questions:
+        raise UserError(f'{path}:1: no D_EI file: its first line is no {{"ei": ...}} header. '
                         "python ei.py writes such files")
     for where, row in lines:
-        rows.append(check_question(row, where, seen=seen))
-        if not isinstance(row.get("kept"), bool) or not isinstance(row.get("probes"), list):
-            raise UserError(f'{where}: "kept" (true or false) or "probes" (a list) is missing')
-        for probe in row["probes"]:
-            if not isinstance(probe, dict) or not isinstance(probe.get("consistent"), bool):
-                raise UserError(f'{where}: a probe is no object with "consistent" true or false')
-            check_question(probe, where, keys=("rule", "probe", "answer"))
-    return first["ei"], rows
-
-
-def read_questions(path) -> list:
-    """The rows of a file of questions or of a D_EI file, in which they have "probes"."""
-    if "ei" in next(read_jsonl(path), ("", {}))[1]:
-        return read_probes(path)[1]
-    seen = {}
-    return [check_question(row, where, seen=seen) for where, row in read_jsonl(path)]
+        check_question(row, where, keys, seen)
+        for probe in row["probes"] if "probes" in keys else []:
+            check_question(probe, f"{where}, a probe", PROBE)
+    return header, [row for _, row in lines]
 
 
 def write_whole(path, content):
@@ -1063,7 +1057,7 @@ def write_whole(path, content):
 
 
 def append_csv(path, row: dict):
-    """Appends a row, below a line of names if the file is new; on disk when we return."""
+    """Appends a row, below a line of names if the file is new."""
     with open(path, "a") as file:
         if file.tell() == 0:
             print(*row, sep=",", file=file)
@@ -1131,8 +1125,8 @@ def end_step(args, stage, step, last, model, optimizer):
 
 
 def load_checkpoint(args, stage, model, optimizer) -> int:
-    """Restores the state of this stage and returns its step, or 0. Lines of its logs after that
-    step are removed: they will be written again."""
+    """Restores the state of this stage and returns its step, or 0. What its logs say of later steps
+    is removed: it will be written again."""
     path, step, sizes = os.path.join(args.out, "checkpoint.pt"), 0, [0, 0]
     state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else {}
     if (state.get("stage"), stage) == ("ExGRPO", "SFT"):
@@ -1260,7 +1254,7 @@ def load_eval(args) -> dict:
     """The questions, or the consistent probes, in every file of --eval -> {file: rows}."""
     tests = {}
     for path in args.eval:
-        rows = [item for row in read_questions(path) for item in row.get("probes", [row])
+        rows = [item for row in read_probes(path, True)[1] for item in row.get("probes", [row])
                 if item.get("consistent", True)]
         tests[os.path.basename(path).removesuffix(".jsonl")] = rows[:args.eval_limit]
     return tests
@@ -1292,12 +1286,11 @@ def print_summary(args, table):
     if table:
         print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in [*table.values()][0]))
     for label, found in table.items():
-        print(f"{label:23}" + "".join(f"{reward.share(verdicts.count('1'), len(verdicts)):>22}"
-                                      for verdicts in found.values()))
-    student = os.path.relpath(args.student) if os.path.isdir(args.student) else args.student
+        shares = [reward.share(verdicts.count("1"), len(verdicts)) for verdicts in found.values()]
+        print(f"{label:23}" + "".join(f"{share:>22}" for share in shares))
     data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
-          f"next: python evaluate.py --model {args.out} --baseline {student}{data}\n"
+          f"next: python evaluate.py --model {args.out} --baseline {args.student}{data}\n"
           f"      python evaluate.py --curves {args.out}")
 
 
