@@ -756,12 +756,15 @@ class PackedTrees(NamedTuple):
 
 
 def prefix_trees(rows: list, budget: int, width: int) -> list:
-    """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row)."""
+    """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
+    joins the tree where that costs less than to read it alone: attention costs pairs of places,
+    seen or not; a place costs the rest of the layers as much as 3 * width pairs."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
         new = n - shared
-        if 3 * shared < n or size + new > budget:
+        pairs = (size + new) ** 2 - size ** 2 - n ** 2  # more of them in the tree than apart
+        if pairs >= 3 * width * shared or size + new > budget:
             trees.append([])
             size, shared, new = 0, 0, n
         path, last = path[:shared] + list(range(size, size + new)), rows[b]

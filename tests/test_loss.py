@@ -547,11 +547,20 @@ def test_trees_hold_every_row_once_within_the_budget():
 
 def test_long_dialogues_share_a_row_only_where_it_pays():
     """In a tree, all pairs of tokens cost attention, seen or not: 8 dialogues of 1,000 tokens that
-    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must."""
+    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must. To spare a
+    token, a wide model may spend more pairs. An older rule, a third of a row's tokens must be
+    shared, did not know the width."""
     long = [[1] * 20 + [b] * 980 for b in range(8)]
     short = [[1] * 100 + [b] * 60 for b in range(8)]
+    less = [[1] * 40 + [b] * 120 for b in range(2)]
     assert len(exgrpo.prefix_trees(long, 10 ** 6, 896)) == 8
     assert len(exgrpo.prefix_trees(short, 10 ** 6, 896)) == 1
+    assert len(exgrpo.prefix_trees(less, 10 ** 6, 896)) == 1  # a quarter is shared
+    # in the tree 280 ** 2 pairs, apart 2 * 160 ** 2; 40 tokens are spared
+    pairs = 280 ** 2 - 2 * 160 ** 2
+    assert [len(exgrpo.prefix_trees(less, 10 ** 6, width)) for width in (
+        pairs // 120, pairs // 120 + 1)] == [2, 1]
+    assert len(exgrpo.prefix_trees(less, 279, 896)) == 2  # the budget
 
 
 @pytest.mark.parametrize("kind", KINDS)
