@@ -461,7 +461,6 @@ class Chat:
         return ids, ids[-1] not in self.stop_ids
 
     def first(self, user: str) -> list:
-        """The ids that open a dialogue, up to where the reply begins."""
         user = self._clean(user)
         if not self.plain:
             return self._render(user, reply_next=True)
@@ -551,7 +550,7 @@ class KVCache:
 
 def attention_mask(config, visible, distance):
     """Which keys a query sees, and how many tokens before it each stands, (B, T, S) -> the additive
-    mask (B, 1, T, S); a dict of two if only some layers have a sliding window."""
+    mask (B, 1, T, S), or a dict of two if only some layers have a sliding window."""
     full = visible.float().log()[:, None]  # 0 where visible, else -inf
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or kinds and "sliding_attention" not in kinds:
@@ -615,9 +614,9 @@ class CudaGraphDecoder:
 
 
 def sample_token(logits, temperature: float, uniform):
-    """One token a row from softmax(logits / temperature), full vocabulary, by inverse CDF; greedy
-    if temperature is 0. logits (B, V), uniform (B,) on [0, 1) -> tokens and log-probs, (B,). In
-    double precision: in fp32 the running sum would lose the tail of a large vocabulary."""
+    """logits (B, V), uniform (B,) on [0, 1) -> a token a row and its log-prob, (B,), by inverse CDF
+    of softmax(logits / temperature); greedy at temperature 0. In double precision: in fp32 the
+    running sum would lose the tail of a large vocabulary."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     probs = (logits / temperature).softmax(-1)                                      # (B, V)
@@ -850,8 +849,8 @@ def load_model(name: str, device):
 @torch.no_grad()
 def check_model(model):
     """Refuses a model unless the sampler and the prefix trees give the log-probs of its own plain
-    forward pass, here of two ragged rows with a common beginning."""
-    cache, prompts, gaps = KVCache(1, model.device), [[2, 3, 4, 5, 6], [2, 3, 4, 7]], []
+    forward pass, here of two rows with a common beginning."""
+    prompts, cache = [[2, 3, 4, 5], [2, 3, 4, 6]], KVCache(1, model.device)
     cache.block = 512  # a model must not take the last slot for the query's position
     try:
         prefill(model, cache, [[2, 3, 4]])
@@ -860,13 +859,11 @@ def check_model(model):
             model, prompts, max_new_tokens=4, temperature=1.0, stop_ids=[], cache=cache,
             generator=torch.Generator(model.device).manual_seed(0))
         rows = [prompt + reply for prompt, reply in zip(prompts, replies)]
+        ids, sampled = (torch.tensor(x, device=model.device) for x in (rows, sampled))
+        own = model(ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         (members, trees), = pack([Dialogue(row, [1] * len(row)) for row in rows], 99, model)
-        for b, scored in zip(members, tree_logprobs(model, trees)):
-            ids = torch.tensor(rows[b], device=model.device)
-            logits = model(ids[None]).logits[0, :-1].float()
-            own = -F.cross_entropy(logits, ids[1:], reduction="none")
-            gaps += [scored[:len(own)] - own, torch.tensor(sampled[b]).to(own) - own[-4:]]
-        worst = torch.cat(gaps).abs().max().item()
+        gaps = [tree_logprobs(model, trees) - own[members], sampled - own[:, -4:]]
+        worst = torch.cat(gaps, 1).abs().max().item()
         assert worst <= 1e-2, f"log-probs differ by {worst:.2g}"  # nan is never <=
     except Exception as error:  # whatever a model that is built otherwise raises
         raise UserError(f"the sampler does not reproduce {type(model).__name__} ({error!r:.300}); "
@@ -890,9 +887,8 @@ def load_policy(args, source, device, lr):
         add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return model, chat, torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0,
-        fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, chat, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
 
 def load_reference(args, policy, source):
@@ -1025,8 +1021,7 @@ def check_question(row, where, keys=QUESTION, seen=None):
         raise UserError(f'{where}: unknown answer_type "{kind}"; it is one of '
                         f"{', '.join(reward.INSTRUCTION)}")
     if "id" in keys and not reward.is_correct(f"The answer is {answer}.", answer, kind):
-        raise UserError(f"{where}: the answer {answer!r} cannot be read as a {kind}, so no reply "
-                        "could be right; mend it")
+        raise UserError(f"{where}: the answer {answer!r} cannot be read as a {kind}; mend it")
     if seen is not None and seen.setdefault(row["id"], where) != where:
         raise UserError(f'{where}: the id "{row["id"]}" stands at {seen[row["id"]]} already')
     return row
@@ -1041,8 +1036,7 @@ def read_probes(path, or_questions=False):
         del lines[0]
         keys = QUESTION | {"kept": bool, "probes": list}
     elif not or_questions:
-        raise UserError(f'{path}:1: no D_EI file: its first line is no {{"ei": ...}} header. '
-                        "python ei.py writes such files")
+        raise UserError(f'{path}:1: no D_EI file of ei.py: there is no {{"ei": ...}} header')
     for where, row in lines:
         check_question(row, where, keys, seen)
         for probe in row["probes"] if "probes" in keys else []:
