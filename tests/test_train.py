@@ -411,7 +411,8 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     """Phi-3 ends the whole by eos, and each turn by another token: eos was taught as the end of a
     reply, and dialogues were refused. Qwen3 puts an empty thought into the last reply only, and was
     refused, too. Both only append. So does Nemotron 3, which opens a reply by <think> and a new
-    line, and puts an empty thought without one into every finished reply."""
+    line, and puts an empty thought without one into every finished reply. GLM-4 ends a turn by the
+    token that opens the next one: it was said to have no end token."""
     model, chat = loaded("llama")
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     own, (phi3_end,) = tokenizer.chat_template, tokenizer.encode("<|open|>")
@@ -434,6 +435,12 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     phi3 = exgrpo.Chat(tokenizer, model)
     assert phi3.end_id == phi3_end and set(phi3.stop_ids) == {phi3_end, tokenizer.eos_token_id}
     assert tokenizer.decode(phi3.later("So?")) == "\nuser\nSo?<|open|>\nassistant\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|open|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|open|>assistant\n{% endif %}")
+    glm4 = exgrpo.Chat(tokenizer, model)
+    assert glm4.end_id == phi3_end
+    assert tokenizer.decode(glm4.later("So?")) == "user\nSo?<|open|>assistant\n"
 
 
 def questions(path, n):
