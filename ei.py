@@ -680,7 +680,7 @@ def parse_args():
         """change, or to drop by null, as '{"max_tokens": null, "max_completion_tokens": 2048}'""")
     add = parser.add_argument_group("the machine, and other things to do").add_argument
     add("--seed", type=at_least(0), default=0, help="sent to a server; local models are greedy")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add("--dry-run", action="store_true", help="only print the prompts and the calls to expect")
     add("--report", metavar="FILE", help="only print the filter table of this D_EI file")
     args = parser.parse_args()

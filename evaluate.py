@@ -46,8 +46,8 @@ def load_items(sources, split, limit):
     for source in sources:
         is_file = source.endswith(".jsonl")
         data = os.path.basename(source).removesuffix(".jsonl") if is_file else f"{source}.{split}"
-        rows = exgrpo.read_questions(source) if is_file else ei.load_questions(source, split)
-        rows = rows[:limit]
+        rows = (exgrpo.read_probes(source, or_questions=True)[1] if is_file else
+                ei.load_questions(source, split))[:limit]
         if not rows:
             raise UserError(f"{source}: there is no question in it")
         if any(item["data"] == data for item in items):
@@ -146,8 +146,7 @@ def read_outputs(path):
                     isinstance(text, str) for text in row[key]):
                 raise UserError(f'{where}: "{key}" is not as evaluate.py writes it')
         key = f"{row['data']}: {row['id']}"
-        exgrpo.check_question(row | {"id": key, "rationale": ""}, where, seen=seen,
-                              keys=("question", "answer"))
+        exgrpo.check_question(row | {"id": key}, where, {"question": str, "answer": str}, seen)
         rows.append(grade(row))
     if not rows:
         raise UserError(f"{path}: there is no answer in it")
@@ -395,7 +394,7 @@ def parse_args(argv=None):
     add("--out", help="folder of outputs.jsonl, baseline.jsonl, results.json, results.md and "
                       "curves.png; new or empty. None: the first free evals/N")
     add("--seed", type=at_least(0), default=0, help="of the samples and of the bootstrap")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     group = parser.add_argument_group("without a model")
     add = group.add_mutually_exclusive_group().add_argument
     add("--compare", nargs=2, metavar=("A", "B"), help="outputs.jsonl of two calls: A against B")

@@ -62,7 +62,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 import reward
@@ -256,7 +255,7 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
     sampler_gap = 0.0
     for _ in range(args.updates):
         metrics = dict.fromkeys(("loss", "kl", "clip_share", "aux_loss"), 0.0)
-        for b, (batch, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy.device)):
+        for b, (batch, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy)):
             first_update = b == len(old_logps)
             mask = trees.mask[:, 1:]                                                # (B, T-1)
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
@@ -301,7 +300,7 @@ def sft_backward(model, dialogues: list, args, weight: float = 1.0) -> float:
     """Adds the gradient of weight * mean NLL of the trained tokens; returns the mean NLL."""
     n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, for all micro-batches
     total = 0.0
-    for _, trees in pack(dialogues, args.micro_batch_tokens, model.device):
+    for _, trees in pack(dialogues, args.micro_batch_tokens, model):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             loss = -tree_logprobs(model, trees).sum() / n_tokens                    # Eqs. 3 and 8
         (weight * loss).backward()
@@ -480,9 +479,7 @@ def teacher_reply(row: dict) -> str:
 
 class Chat:
     """Turns <-> token ids. A dialogue only grows: nothing that was sampled is encoded again.
-
-    first(user) opens a dialogue; later(user) continues it after the end token of a reply. A model
-    without chat template gets "Question: ... Answer:".
+    A model without chat template gets "Question: ... Answer:".
     """
 
     def __init__(self, tokenizer, model):
@@ -490,13 +487,16 @@ class Chat:
         self.plain = tokenizer.chat_template is None
         ends = model.generation_config.eos_token_id  # one id, a list or None
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        self.end_id = tokenizer.eos_token_id if self.plain else self._end_of_turn(ends)
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
+                   if token.special or i in ends}
+        # The first special token behind a reply ends it. That need not be eos (Qwen's base models).
+        behind = [] if self.plain else self._around_reply("x")[1] + self._around_reply()[1]
+        self.end_id = next((i for i in behind if i in special), tokenizer.eos_token_id)
         if self.end_id is None:
             raise UserError(f"{model.name_or_path} has no end token (eos_token), so a reply could "
                             "not stop: see its tokenizer_config.json and chat template")
         self.stop_ids = sorted(ends | {self.end_id})
-        self.special = {str(token) for i, token in tokenizer.added_tokens_decoder.items()
-                        if token.special or i in self.stop_ids}
+        self.special = list(special.values())
 
     def _render(self, *turns, reply_next):
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn}
@@ -506,26 +506,17 @@ class Chat:
             date_string="26 Jul 2024"))  # else Llama 3 prints today's, and prompts would change
 
     def _around_reply(self, *user):
-        """Renders a chat twice with different replies to "x", before the turn `user`. What both
-        begin and end with is what the template puts before and after a reply."""
+        """What stands before and after a reply to "x" if the next turn is `user`: what two chats
+        with different replies both begin and end with."""
         one, two = (self._render("x", reply, *user, reply_next=bool(user)) for reply in ("1", "2"))
         before = os.path.commonprefix([one, two])
         after = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
         return before, after if one != two else []  # equal: the template leaves replies out
 
-    def _end_of_turn(self, ends):
-        """The special token that the template puts after a reply. It need not be eos (Qwen's base
-        models), and it is not what ends the whole dialogue (Phi-3)."""
-        special = ends | set(self.tokenizer.all_special_ids)
-        (_, at_end), (_, inside) = self._around_reply(), self._around_reply("x")
-        shared = os.path.commonprefix([at_end, inside])
-        return next((i for i in shared[::-1] + at_end[::-1] if i in special), None)
-
     def _clean(self, text):
-        """Removes special tokens, which would open or close turns, from untrusted text: again and
-        again, because to remove one may join the halves of another."""
-        while found := [token for token in self.special if token in text]:
-            for token in found:
+        """Removes special tokens, which would open or close turns, from untrusted text."""
+        while any(token in text for token in self.special):  # one may hide in the halves of another
+            for token in self.special:
                 text = text.replace(token, "")
         return text
 
@@ -551,15 +542,14 @@ class Chat:
         return self.tokenizer(f"Question: {user}\nAnswer:").input_ids  # with bos, if it has one
 
     def later(self, user: str) -> list:
-        """The ids that follow the end token of a reply. The template must leave earlier turns as
-        they were, except that first() may end in an opening such as <think>."""
+        """The ids between the end token of a reply and the next reply. The template must leave an
+        earlier user turn as it was; it may open a reply otherwise, as by <think>."""
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
-        (before, after), opened = self._around_reply(user), self._render("x", reply_next=True)
-        n = min(len(before), len(opened))
-        if self.end_id not in after or (
-                before[:n] != opened[:n] and before != self._around_reply()[0]):
+        before, after = self._around_reply(user)
+        asked = os.path.commonprefix([self._render("x", reply_next=on) for on in (True, False)])
+        if self.end_id not in after or before[:len(asked)] != asked:
             raise UserError("the chat template rewrites earlier turns, so a dialogue cannot grow "
                             "token by token; give the tokenizer a template that only appends")
         return after[after.index(self.end_id) + 1:]
@@ -611,10 +601,8 @@ class Dialogue:
 
 class KVCache:
     """Keys and values of B growing dialogues. Slot = position: token t of row b is at [b, :, t].
-
-    So there is no padding inside a row, and a query at position p sees the slots up to p. Slots
-    after a row's last token hold garbage that no query sees; they are overwritten as it grows.
-    """
+    A query at position p sees the slots up to p. What stands behind a row's last token is seen by
+    no query, and is overwritten as the row grows."""
 
     def __init__(self, n_rows: int, device):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
@@ -646,15 +634,13 @@ class KVCache:
 
 def attention_mask(config, visible, distance):
     """Which keys a query sees, and how many tokens before it each stands, (B, T, S) -> the additive
-    mask (B, 1, T, S); a dict of two if only some layers have a sliding window."""
-    def additive(visible):
-        mask = torch.zeros(visible.shape, device=visible.device)
-        return mask.masked_fill_(~visible, float("-inf"))[:, None]
+    mask (B, 1, T, S), or a dict of two if only some layers have a sliding window."""
+    full = visible.float().log()[:, None]  # 0 where visible, else -inf
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or kinds and "sliding_attention" not in kinds:
-        return additive(visible)
-    sliding = additive(visible & (distance < window))
-    return {"full_attention": additive(visible), "sliding_attention": sliding} if kinds else sliding
+        return full
+    sliding = (visible & (distance < window)).float().log()[:, None]
+    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 
 def next_logits(model, cache: KVCache, ids, positions, last=-1):
@@ -712,9 +698,9 @@ class CudaGraphDecoder:
 
 
 def sample_token(logits, temperature: float, uniform):
-    """One token a row from softmax(logits / temperature), full vocabulary, by inverse CDF; greedy
-    if temperature is 0. logits (B, V), uniform (B,) on [0, 1) -> tokens and log-probs, (B,). In
-    double precision: in fp32 the running sum would lose the tail of a large vocabulary."""
+    """logits (B, V), uniform (B,) on [0, 1) -> a token a row and its log-prob, (B,), by inverse CDF
+    of softmax(logits / temperature); greedy at temperature 0. In double precision: in fp32 the
+    running sum would lose the tail of a large vocabulary."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     probs = (logits / temperature).softmax(-1)                                      # (B, V)
@@ -732,25 +718,21 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
            cache: KVCache | None = None):
     """Samples group_size replies to each prompt (lists of ids) from softmax(logits / temperature).
 
-    Without a cache each prompt is read once for its group: B = Q * G rows, group by group. With the
-    cache of an earlier call, prompts are its rows' whole dialogues, of which only the new ids are
-    read. Returns B replies (ids up to and with the first sampled stop token, or as many as fit, and
-    of these what finish(ids) gives first), their log-probs, and the cache, which lacks only the
-    last token of each reply: it was not read.
+    A group's prompt is read once; then there are B = Q * G rows, group by group. With the cache of
+    an earlier call, prompts are its rows' whole dialogues, and only what is new in them is read.
+    Returns B replies (ids up to the first stop token, or as many as fit, and of these what
+    finish(ids) gives first), their log-probs, and the cache, which lacks each reply's last token.
     """
-    device, cpu = model.device, model.device.type == "cpu"
-    if cache is None:
-        cache = KVCache(len(prompts), device)
-        logits = prefill(model, cache, prompts)
-        copies = [i for i in range(len(prompts)) for _ in range(group_size)]
-        cache.select(copies)
-        logits, prompts = logits[copies], [prompts[i] for i in copies]
-    else:
-        logits = prefill(model, cache, [ids[n:] for n, ids in zip(cache.lengths, prompts)])
+    device, context = model.device, context_size(model)
+    cache = KVCache(len(prompts), device) if cache is None else cache
+    logits = prefill(model, cache, [ids[n:] for n, ids in zip(cache.lengths, prompts)])
     if not logits.isfinite().all():
         raise UserError("the model's logits are not all finite numbers: its weights are spoiled, "
                         "as by too large an --lr or --sft-lr; start again from others")
-    B, longest, context = len(prompts), max(cache.lengths), context_size(model)
+    rows = [i for i in range(len(prompts)) for _ in range(group_size)]
+    cache.select(rows)
+    logits, prompts, B = logits[rows], [prompts[i] for i in rows], len(rows)
+    longest = max(cache.lengths)
     if longest >= context:
         raise UserError(f"a prompt of {longest} tokens leaves no room for a reply: the model reads "
                         f"{context}; lower --turns or --max-new-tokens, or leave long texts out")
@@ -759,14 +741,13 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
     running = torch.ones(B, dtype=torch.bool, device=device)
-    double = torch.float32 if device.type == "mps" else torch.float64
     decode = CudaGraphDecoder() if device.type == "cuda" else next_logits
     for t in range(max_new_tokens):
-        uniform = torch.rand(B, generator=generator, device=device, dtype=double)
+        uniform = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
         tokens[:, t], logps[:, t] = sample_token(logits, temperature, uniform)
         running &= ~torch.isin(tokens[:, t], stop)
         # Finished rows run on until all are. To ask a GPU for a value is to wait for it.
-        if t + 1 == max_new_tokens or (cpu or t % 8 == 7) and not running.any():
+        if t + 1 == max_new_tokens or (device.type == "cpu" or t % 8 == 7) and not running.any():
             break
         cache.reserve(longest + t + 1)
         logits = decode(model, cache, tokens[:, t:t + 1], (lengths + t)[:, None])   # (B, V)
@@ -802,8 +783,8 @@ LOGITS_HELD = 2 ** 26  # floats, 256 MiB: logits are formed for at most so many 
 
 
 def micro_batches(lengths: list, budget: int) -> list:
-    """Indices of the rows, longest first, in batches whose padded size is at most `budget` tokens.
-    A row longer than the budget is alone. micro_batches([5, 9, 4], 10) == [[1], [0, 2]]."""
+    """Indices of the rows, longest first, in batches of at most `budget` padded tokens, or of one
+    row. micro_batches([5, 9, 4], 10) == [[1], [0, 2]]."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
@@ -813,8 +794,7 @@ def micro_batches(lengths: list, budget: int) -> list:
 
 
 def pad_rows(rows: list, device):
-    """B lists, ids or masks, right-padded with zeros -> (B, T). A mask comes from lengths, never
-    from ids, since pad may equal eos."""
+    """B lists, ids or masks, right-padded with zeros -> (B, T)."""
     T = max(map(len, rows))
     return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
 
@@ -839,12 +819,9 @@ def head_logprobs(model, hidden, targets, temperature: float):
 
 
 def token_logprobs(model, ids, mask, temperature: float = 1.0):
-    """log pi(ids[:, t] | ids[:, :t]) under softmax(logits / temperature) where mask is 1, else 0.
-
-    ids, mask (B, T), right-padded -> (B, T-1): column t is about token t+1, because the logits at
-    position t predict the next token. ids [[7, 8, 9]] with mask [[0, 0, 1]] give
-    [[0, log p(9 | 7, 8)]]. Training uses tree_logprobs: the same values, shared tokens read once.
-    """
+    """Right-padded ids and mask (B, T) -> their log-probs under softmax(logits / temperature) where
+    mask is 1, else 0, (B, T-1). Column t is about token t+1: ids [[7, 8, 9]] with mask [[0, 0, 1]]
+    give [[0, log p(9 | 7, 8)]]. Training uses tree_logprobs: the same, shared tokens read once."""
     keep = mask[:, 1:].bool()
     hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logps = head_logprobs(model, hidden[keep], ids[:, 1:][keep], temperature)       # (N,)
@@ -853,71 +830,74 @@ def token_logprobs(model, ids, mask, temperature: float = 1.0):
 
 class PackedTrees(NamedTuple):
     """R prefix trees of B dialogues, one tree a row, padded to P places. Dialogues that begin alike
-    share places: [1, 2, 3] and [1, 2, 4] become ids [1, 2, 3, 4], positions [0, 1, 2, 2] and the
-    paths [0, 1, 2] and [0, 1, 3]."""
+    share places: [1, 2, 3] and [1, 2, 4] become ids [1, 2, 3, 4] and the paths [0, 1, 2] and
+    [0, 1, 3]."""
     ids: torch.Tensor        # (R, P)
-    positions: torch.Tensor  # (R, P), of each token in its dialogue
     visible: torch.Tensor    # (R, P, P), bool: a query sees itself and its ancestors
     paths: torch.Tensor      # (B, T), the places of a dialogue's tokens, as r * P + place
-    targets: torch.Tensor    # (B, T), its tokens
     mask: torch.Tensor       # (B, T), 1 = trained; 0 elsewhere and after the dialogue's end
 
 
-def prefix_trees(rows: list, budget: int) -> list:
+def prefix_trees(rows: list, budget: int, width: int) -> list:
     """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
-    joins a tree only if a third of its tokens are shared: attention costs places squared."""
+    joins the tree where that costs less than to read it alone: attention costs pairs of places,
+    seen or not; a place costs the rest of the layers as much as 3 * width pairs."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
-        if 3 * shared < n or size + n - shared > budget:
+        new = n - shared
+        pairs = (size + new) ** 2 - size ** 2 - n ** 2  # more of them in the tree than apart
+        if pairs >= 3 * width * shared or size + new > budget:
             trees.append([])
-            size = shared = 0
-        path, last = path[:shared] + list(range(size, size + n - shared)), rows[b]
-        size += n - shared
+            size, shared, new = 0, 0, n
+        path, last = path[:shared] + list(range(size, size + new)), rows[b]
+        size += new
         trees[-1].append((b, path))
     return trees
 
 
-def pack(dialogues: list, budget: int, device):
+def pack(dialogues: list, budget: int, model):
     """Packs dialogues into micro-batches of at most `budget` padded places. Yields (the indices of
     the B dialogues of each, PackedTrees)."""
-    trees = prefix_trees([d.ids for d in dialogues], budget)
+    width = model.config.get_text_config().hidden_size
+    trees = prefix_trees([d.ids for d in dialogues], budget, width)
     sizes = [1 + max(max(path) for _, path in tree) for tree in trees]
     for batch in micro_batches(sizes, budget):
         R, P = len(batch), sizes[batch[0]]
-        ids, positions = torch.zeros(2, R, P, dtype=torch.long)
+        ids = torch.zeros(R, P, dtype=torch.long)
         visible = torch.eye(P, dtype=torch.bool).repeat(R, 1, 1)  # padding sees itself: no nan
         members, paths = [], []
         for r, (b, path) in ((r, member) for r, i in enumerate(batch) for member in trees[i]):
             members.append(b)
             paths.append([r * P + place for place in path])
             path, n = torch.tensor(path), len(path)
-            ids[r, path], positions[r, path] = torch.tensor(dialogues[b].ids), torch.arange(n)
+            ids[r, path] = torch.tensor(dialogues[b].ids)
             visible[r, path[:, None], path] = torch.ones(n, n, dtype=torch.bool).tril()
-        yield members, PackedTrees(*(x.to(device) for x in (ids, positions, visible)), *(
-            pad_rows(x, device) for x in (paths, [dialogues[b].ids for b in members],
-                                          [dialogues[b].mask for b in members])))
+        masks = [dialogues[b].mask for b in members]
+        yield members, PackedTrees(ids.to(model.device), visible.to(model.device),
+                                   pad_rows(paths, model.device), pad_rows(masks, model.device))
 
 
 def tree_logprobs(model, trees: PackedTrees, temperature: float = 1.0):
     """token_logprobs of the B dialogues, (B, T-1), but a token shared in a tree is computed once.
     Autograd adds up, at such a token, the gradients of all dialogues that contain it."""
-    distance = trees.positions[:, :, None] - trees.positions[:, None]               # (R, P, P)
+    positions = trees.visible.sum(-1) - 1  # a token's ancestors are all that stands before it
+    distance = positions[:, :, None] - positions[:, None]                           # (R, P, P)
     mask = attention_mask(model.config.get_text_config(), trees.visible, distance)
-    hidden = model.base_model(input_ids=trees.ids, position_ids=trees.positions,
-                              attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=trees.ids, position_ids=positions, attention_mask=mask,
+                              use_cache=False).last_hidden_state                    # (R, P, D)
     keep = trees.mask[:, 1:].bool()                                                 # (B, T-1)
     # F.embedding, and not hidden[...]: its gradient adds up in a fixed order. That of indexing
     # adds in the order in which a CPU's threads arrive, and two runs would differ.
     before = F.embedding(trees.paths[:, :-1][keep], hidden.flatten(0, 1))           # (N, D)
-    logps = head_logprobs(model, before, trees.targets[:, 1:][keep], temperature)   # (N,)
+    targets = trees.ids.flatten()[trees.paths[:, 1:][keep]]                         # (N,)
+    logps = head_logprobs(model, before, targets, temperature)
     return torch.zeros(keep.shape, device=keep.device).masked_scatter(keep, logps)
 
 
 # ========================================================================== 5. the model, and LoRA
 
-HUB_OWNERS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "gemma": "google", "llama": "meta-llama",
-              "mistral": "mistralai", "phi": "microsoft"}
+HUB_OWNERS = {"qwen": "Qwen", "gemma": "google", "llama": "meta-llama", "smollm": "HuggingFaceTB"}
 
 
 def resolve_model(name: str) -> str:
@@ -937,8 +917,8 @@ def load_model(name: str, device):
     except UserError:
         raise
     except Exception as error:  # of many kinds: OSError, ValueError, ImportError, jinja's, ...
-        raise UserError(f"the model {path} cannot be loaded, neither from a local folder nor from "
-                        f"the Hub: is its name right, and is there a network? ({error!r:.300})")
+        raise UserError(f"{path} cannot be loaded, neither from a local folder nor from the Hub: "
+                        f"is the name right, and is there a network? ({error!r:.300})")
     for parameter in model.parameters():  # aligned memory, unlike a mapped file's: reproducible
         parameter.data = parameter.data.clone()
     for module in model.modules():  # no dropout, or pi_theta would not be the policy that sampled
@@ -952,28 +932,23 @@ def load_model(name: str, device):
 
 @torch.no_grad()
 def check_model(model):
-    """Refuses a model unless the log-probs of the sampler, after two turns of two groups, and of
-    the prefix trees are those of its own plain forward pass."""
-    options = {"max_new_tokens": 4, "temperature": 1.0, "stop_ids": [],
-               "generator": torch.Generator(model.device).manual_seed(0)}
+    """Refuses a model unless the sampler and the prefix trees give the log-probs of its own plain
+    forward pass, here of two rows with a common beginning."""
+    prompts, cache = [[2, 3, 4, 5], [2, 3, 4, 6]], KVCache(1, model.device)
+    cache.block = 512  # a model must not take the last slot for the query's position
     try:
-        replies, _, cache = sample(model, [[2, 3, 4, 5, 6], [2, 3]], group_size=2, **options)
-        prompts = [[2, 3, 4, 5, 6][:5 if b < 2 else 2] + replies[b] + [7, 8] for b in range(4)]
-        cache.block = 512  # a model must not take the last slot for the query's position
-        replies, sampled, _ = sample(model, prompts, cache=cache, **options)
-        dialogues = [Dialogue(prompt + reply, [1] * len(prompt + reply))
-                     for prompt, reply in zip(prompts, replies)]
-        gaps = []
-        for members, trees in pack(dialogues, 99, model.device):
-            for b, scored in zip(members, tree_logprobs(model, trees)):
-                ids = torch.tensor(dialogues[b].ids, device=model.device)
-                logits = model(ids[None]).logits[0, :-1].float()
-                own = -F.cross_entropy(logits, ids[1:], reduction="none")
-                gaps += [scored[:len(own)] - own, own[-4:] - torch.tensor(sampled[b]).to(own)]
-        worst = torch.cat(gaps).abs().max().item()
+        prefill(model, cache, [[2, 3, 4]])
+        cache.select([0, 0])
+        replies, sampled, _ = sample(
+            model, prompts, max_new_tokens=4, temperature=1.0, stop_ids=[], cache=cache,
+            generator=torch.Generator(model.device).manual_seed(0))
+        rows = [prompt + reply for prompt, reply in zip(prompts, replies)]
+        ids, sampled = (torch.tensor(x, device=model.device) for x in (rows, sampled))
+        own = model(ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        (members, trees), = pack([Dialogue(row, [1] * len(row)) for row in rows], 99, model)
+        gaps = [tree_logprobs(model, trees) - own[members], sampled - own[:, -4:]]
+        worst = torch.cat(gaps, 1).abs().max().item()
         assert worst <= 1e-2, f"log-probs differ by {worst:.2g}"  # nan is never <=
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a model that is built otherwise raises
         raise UserError(f"the sampler does not reproduce {type(model).__name__} ({error!r:.300}); "
                         "use a Llama-like or GPT-2-like model")
@@ -983,9 +958,9 @@ def context_size(model) -> int:
     """The tokens that the model reads. longrope turns all keys where its original context ends."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    return min(limit, rope.get("original_max_position_embeddings", limit)
-               if rope.get("rope_type") == "longrope" else limit)
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def load_policy(args, source, device, lr):
@@ -994,14 +969,10 @@ def load_policy(args, source, device, lr):
     if args.lora_rank:
         torch.manual_seed(args.seed % 2 ** 63)  # the start of the adapters
         add_lora(model, args.lora_rank, args.lora_alpha, args.bf16)
-        adapted = sum(m.base.weight.numel() for m in model.modules() if isinstance(m, LoRA))
-        print(f"LoRA     adapts linear layers with {adapted / model.num_parameters():.0%} of the "
-              "weights; embeddings and a mixture's experts stay as they are")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return model, chat, torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0,
-        fused=device.type != "mps")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, chat, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
 
 def load_reference(args, policy, source):
@@ -1016,7 +987,7 @@ def freeze(model, bf16: bool):
     """No weight is trained. With bf16, linear weights are stored so: autocast rounds them, too."""
     model.requires_grad_(False)
     for module in model.base_model.modules():
-        if bf16 and isinstance(module, (nn.Linear, Conv1D)):
+        if bf16 and isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.bfloat16()
     return model
 
@@ -1027,11 +998,10 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank: int, alpha: float):
         super().__init__()
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D: transposed
         self.base, self.scale = base, alpha / rank
-        start = nn.init.kaiming_uniform_(torch.empty(rank, weight.shape[1]), a=5 ** 0.5)
-        self.A = nn.Parameter(start.to(weight.device))  # the same on every device
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5 ** 0.5)
+        self.A = nn.Parameter(start.to(base.weight.device))  # the same on every device
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x):
         y = self.base(x)
@@ -1040,22 +1010,24 @@ class LoRA(nn.Module):
 
 def add_lora(model, rank: int, alpha: float, bf16: bool = False):
     """Freezes the model and wraps every linear layer below the loss head."""
-    for module in list(freeze(model, bf16).base_model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) in (nn.Linear, Conv1D):
-                setattr(module, name, LoRA(child, rank, alpha))
+    adapted = 0
+    for name, layer in list(freeze(model, bf16).base_model.named_modules()):
+        if type(layer) is nn.Linear:
+            model.base_model.set_submodule(name, LoRA(layer, rank, alpha))
+            adapted += layer.weight.numel()
+    if not adapted:
+        raise UserError(f"--lora-rank: {type(model).__name__} has no linear layer to adapt")
+    print(f"LoRA     on linear layers, {adapted / model.num_parameters():.0%} of the weights")
 
 
 @torch.no_grad()
 def merge_lora(model):
     """Adds every B A to its W and puts the plain layer back."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRA):
-                delta, base = child.scale * child.B @ child.A, child.base
-                delta = delta if isinstance(base, nn.Linear) else delta.T
-                base.weight.data = base.weight.data.float() + delta
-                setattr(module, name, base)
+    for name, lora in list(model.named_modules()):
+        if isinstance(lora, LoRA):
+            delta = lora.scale * lora.B @ lora.A
+            lora.base.weight.data = lora.base.weight.data.float() + delta
+            model.set_submodule(name, lora.base)
 
 
 @contextlib.contextmanager
@@ -1103,7 +1075,6 @@ def run(main):
 
 def read_jsonl(path):
     """Yields (where, object) for every line that is not blank; where is "file.jsonl:12"."""
-    number = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -1117,48 +1088,44 @@ def read_jsonl(path):
         raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete this line")
 
 
-def check_question(row, where, keys=("id", "question", "answer"), seen=None):
+QUESTION = {"id": str, "question": str, "answer": str, "answer_type": str, "rationale": str}
+PROBE = {"rule": str, "probe": str, "answer": str, "answer_type": str, "rationale": str,
+         "consistent": bool}
+
+
+def check_question(row, where, keys=QUESTION, seen=None):
     """Returns row if it is a question (with other keys, a probe); else says what is wrong, where.
-    seen: a dict that remembers where each id stood, so that a second one is refused."""
-    for key in (*keys, "answer_type", "rationale"):
-        if not isinstance(row.get(key), str) or key in keys and not row[key].strip():
-            raise UserError(f'{where}: "{key}" is missing, empty or not a string')
+    seen: where each id stood so far."""
+    for key, kind in keys.items():
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, kind) or key != "rationale" and not str(value).strip():
+            raise UserError(f'{where}: "{key}" is missing, empty or no {kind.__name__}')
     answer, kind = row["answer"], row["answer_type"]
     if kind not in reward.INSTRUCTION:
         raise UserError(f'{where}: unknown answer_type "{kind}"; it is one of '
                         f"{', '.join(reward.INSTRUCTION)}")
     if "id" in keys and not reward.is_correct(f"The answer is {answer}.", answer, kind):
-        raise UserError(f"{where}: the answer {answer!r} cannot be read as a {kind}, so no reply "
-                        "could be right; mend it")
+        raise UserError(f"{where}: the answer {answer!r} cannot be read as a {kind}; mend it")
     if seen is not None and seen.setdefault(row["id"], where) != where:
         raise UserError(f'{where}: the id "{row["id"]}" stands at {seen[row["id"]]} already')
     return row
 
 
-def read_probes(path):
-    """A D_EI file -> (header, rows). README.md shows its format; every line is checked."""
-    lines, seen, rows = read_jsonl(path), {}, []
-    where, first = next(lines, (path, {}))
-    if not isinstance(first.get("ei"), dict):
-        raise UserError(f'{where}: no D_EI file: its first line is no {{"ei": ...}} header. '
-                        "python ei.py writes such files")
+def read_probes(path, or_questions=False):
+    """A D_EI file -> (header, rows), every line checked; README.md shows its format. With
+    or_questions, a file of questions will do: its rows have no "probes"."""
+    lines, keys, seen = list(read_jsonl(path)), QUESTION, {}
+    header = lines[0][1].get("ei") if lines else None
+    if isinstance(header, dict):
+        del lines[0]
+        keys = QUESTION | {"kept": bool, "probes": list}
+    elif not or_questions:
+        raise UserError(f'{path}:1: no D_EI file of ei.py: there is no {{"ei": ...}} header')
     for where, row in lines:
-        rows.append(check_question(row, where, seen=seen))
-        if not isinstance(row.get("kept"), bool) or not isinstance(row.get("probes"), list):
-            raise UserError(f'{where}: "kept" (true or false) or "probes" (a list) is missing')
-        for probe in row["probes"]:
-            if not isinstance(probe, dict) or not isinstance(probe.get("consistent"), bool):
-                raise UserError(f'{where}: a probe is no object with "consistent" true or false')
-            check_question(probe, where, keys=("rule", "probe", "answer"))
-    return first["ei"], rows
-
-
-def read_questions(path) -> list:
-    """The rows of a file of questions or of a D_EI file, in which they have "probes"."""
-    if "ei" in next(read_jsonl(path), ("", {}))[1]:
-        return read_probes(path)[1]
-    seen = {}
-    return [check_question(row, where, seen=seen) for where, row in read_jsonl(path)]
+        check_question(row, where, keys, seen)
+        for probe in row["probes"] if "probes" in keys else []:
+            check_question(probe, f"{where}, a probe", PROBE)
+    return header, [row for _, row in lines]
 
 
 def write_whole(path, content):
@@ -1171,7 +1138,7 @@ def write_whole(path, content):
 
 
 def append_csv(path, row: dict):
-    """Appends a row, below a line of names if the file is new; on disk when we return."""
+    """Appends a row, below a line of names if the file is new."""
     with open(path, "a") as file:
         if file.tell() == 0:
             print(*row, sep=",", file=file)
@@ -1244,8 +1211,8 @@ def end_step(args, stage, step, last, model, optimizer):
 
 
 def load_checkpoint(args, stage, model, optimizer) -> int:
-    """Restores the state of this stage and returns its step, or 0. Lines of its logs after that
-    step are removed: they will be written again."""
+    """Restores the state of this stage and returns its step, or 0. What its logs say of later steps
+    is removed: it will be written again."""
     path, step, sizes = os.path.join(args.out, "checkpoint.pt"), 0, [0, 0]
     state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else {}
     if (state.get("stage"), stage) == ("ExGRPO", "SFT"):
@@ -1298,14 +1265,10 @@ def at_least(low, kind=int, above=False):
 
 
 def pick_device(name: str):
-    """"auto" is the first of cuda, mps and cpu that this machine has."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (AssertionError, RuntimeError):
-        raise UserError(f"--device {name}: torch finds none on this machine; try --device auto")
+    """"auto" is cuda where there is a GPU, else cpu."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds none on this machine; try --device auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def parse_args():
@@ -1357,7 +1320,7 @@ def parse_args():
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--save-every", type=count, default=20, help="steps between checkpoints")
     add("--seed", type=natural, default=0, help="of the data order, the forks and the samples")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add = parser.add_argument_group("the table at the end").add_argument
     add("--eval", nargs="*", metavar="FILE", help="question or D_EI files (.jsonl), asked greedily "
         "before SFT, after it and at the end; None: the toy's, for the toy's student only")
@@ -1393,7 +1356,7 @@ def load_eval(args) -> dict:
     """The questions, or the consistent probes, in every file of --eval -> {file: rows}."""
     tests = {}
     for path in args.eval:
-        rows = [item for row in read_questions(path) for item in row.get("probes", [row])
+        rows = [item for row in read_probes(path, True)[1] for item in row.get("probes", [row])
                 if item.get("consistent", True)]
         tests[os.path.basename(path).removesuffix(".jsonl")] = rows[:args.eval_limit]
     return tests
@@ -1433,12 +1396,11 @@ def print_summary(args):
     if table:
         print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in [*table.values()][0]))
     for label, found in table.items():
-        print(f"{label:23}" + "".join(f"{reward.share(verdicts.count('1'), len(verdicts)):>22}"
-                                      for verdicts in found.values()))
-    student = os.path.relpath(args.student) if os.path.isdir(args.student) else args.student
+        shares = [reward.share(verdicts.count("1"), len(verdicts)) for verdicts in found.values()]
+        print(f"{label:23}" + "".join(f"{share:>22}" for share in shares))
     data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
-          f"next: python evaluate.py --model {args.out} --baseline {student}{data}\n"
+          f"next: python evaluate.py --model {args.out} --baseline {args.student}{data}\n"
           f"      python evaluate.py --curves {args.out}")
 
 

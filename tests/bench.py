@@ -247,10 +247,10 @@ def our_update(args, lap, padded=False, sampled=False):
     given = [] if sampled else random_dialogues(chat, args)
     scripts, cuts, _ = workload(chat, args)
 
-    def pack(dialogues, budget, device):
+    def pack(dialogues, budget, model):
         for batch in exgrpo.micro_batches([len(d.ids) for d in dialogues], budget):
-            ids = exgrpo.pad_rows([dialogues[i].ids for i in batch], device)
-            mask = exgrpo.pad_rows([dialogues[i].mask for i in batch], device)
+            ids = exgrpo.pad_rows([dialogues[i].ids for i in batch], model.device)
+            mask = exgrpo.pad_rows([dialogues[i].mask for i in batch], model.device)
             yield batch, types.SimpleNamespace(ids=ids, mask=mask)
     if padded:
         exgrpo.pack = pack

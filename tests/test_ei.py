@@ -805,7 +805,8 @@ def test_bad_flags_end_in_one_line(run_ei, flags, words):
 
 def test_a_report_trusts_no_line(run_ei, tmp_path):
     path = tmp_path / "p.jsonl"
-    for change, words in (({"kept": 1}, '"kept" (true or false)'), ({"probes": 3}, "(a list)")):
+    for change, words in (({"kept": 1}, '"kept" is missing, empty or no bool'),
+                          ({"probes": 3}, '"probes" is missing, empty or no list')):
         path.write_text(json.dumps({"ei": HEADER}) + "\n" + json.dumps(ROWS[0] | change) + "\n")
         code, _, err = run_ei("--report", path)
         assert code == 2 and words in err and "p.jsonl:2" in err and err.count("\n") == 1

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 import exgrpo
 import reward
@@ -549,7 +550,7 @@ def loose_clip(monkeypatch):
 def packed_logprobs(model, dialogues, budget):
     """Log-probs (B, T-1) in the order of the dialogues, and the places that were forwarded."""
     values, places = [None] * len(dialogues), 0
-    for members, trees in exgrpo.pack(dialogues, budget, model.device):
+    for members, trees in exgrpo.pack(dialogues, budget, model):
         places += trees.ids.numel()
         for b, row in zip(members, exgrpo.tree_logprobs(model, trees, 0.7)):
             values[b] = row[:len(dialogues[b].ids) - 1]
@@ -608,12 +609,13 @@ def test_gradients_on_two_threads_are_the_same_bit_for_bit(loaded):
 
 def test_trees_hold_every_row_once_within_the_budget():
     """Shared beginnings stand once; memory is bounded by the budget however large the group."""
+    model = types.SimpleNamespace(device=torch.device("cpu"), config=Qwen2Config(hidden_size=64))
+
     def packed(rows, budget):
         return list(exgrpo.pack([exgrpo.Dialogue(row, [1] * len(row)) for row in rows], budget,
-                                torch.device("cpu")))
+                                model))
     (_, trees), = packed([[1, 2, 3], [1, 2, 4]], 10)
-    assert trees.ids.tolist() == [[1, 2, 3, 4]] and trees.positions.tolist() == [[0, 1, 2, 2]]
-    assert trees.paths.tolist() == [[0, 1, 2], [0, 1, 3]]
+    assert trees.ids.tolist() == [[1, 2, 3, 4]] and trees.paths.tolist() == [[0, 1, 2], [0, 1, 3]]
     assert (trees.visible[0] == torch.tensor(
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]])).all()
     generator = torch.Generator().manual_seed(0)
@@ -627,17 +629,27 @@ def test_trees_hold_every_row_once_within_the_budget():
             for b, path, mask in zip(members, trees.paths, trees.mask, strict=True):
                 path = path[:len(rows[b])]
                 assert trees.ids.flatten()[path].tolist() == rows[b]
-                assert trees.positions.flatten()[path].tolist() == list(range(len(path)))
+                assert (trees.visible.flatten(0, 1)[path].sum(-1) - 1).tolist() == list(
+                    range(len(path)))  # as many ancestors as tokens before it
                 assert mask.sum() == len(path)
 
 
 def test_long_dialogues_share_a_row_only_where_it_pays():
     """In a tree, all pairs of tokens cost attention, seen or not: 8 dialogues of 1,000 tokens that
-    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must."""
+    share 20 must not become one row of 8,000; 8 replies of 60 to a prompt of 100 must. To spare a
+    token, a wide model may spend more pairs. An older rule, a third of a row's tokens must be
+    shared, did not know the width."""
     long = [[1] * 20 + [b] * 980 for b in range(8)]
     short = [[1] * 100 + [b] * 60 for b in range(8)]
-    assert len(exgrpo.prefix_trees(long, 10 ** 6)) == 8
-    assert len(exgrpo.prefix_trees(short, 10 ** 6)) == 1
+    less = [[1] * 40 + [b] * 120 for b in range(2)]
+    assert len(exgrpo.prefix_trees(long, 10 ** 6, 896)) == 8
+    assert len(exgrpo.prefix_trees(short, 10 ** 6, 896)) == 1
+    assert len(exgrpo.prefix_trees(less, 10 ** 6, 896)) == 1  # a quarter is shared
+    # in the tree 280 ** 2 pairs, apart 2 * 160 ** 2; 40 tokens are spared
+    pairs = 280 ** 2 - 2 * 160 ** 2
+    assert [len(exgrpo.prefix_trees(less, 10 ** 6, width)) for width in (
+        pairs // 120, pairs // 120 + 1)] == [2, 1]
+    assert len(exgrpo.prefix_trees(less, 279, 896)) == 2  # the budget
 
 
 @pytest.mark.parametrize("kind", KINDS)

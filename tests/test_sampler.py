@@ -337,7 +337,9 @@ def test_a_template_that_rewrites_history_is_refused(loaded):
     model, chat = loaded("llama")
     kept = chat.tokenizer.chat_template
     try:
-        for instead in ("{% if loop.last %}{{ m['content'] }}{% else %}...{% endif %}", ""):
+        for instead in ("{% if loop.last %}{{ m['content'] }}{% else %}...{% endif %}", "",
+                        "{% if m['role'] == 'user' and not loop.last %}...{% else %}"
+                        "{{ m['content'] }}{% endif %}"):  # the user's words only
             chat.tokenizer.chat_template = kept.replace("{{ m['content'] }}", instead)
             with pytest.raises(exgrpo.UserError, match="rewrites earlier turns"):
                 chat.later("And then?")

@@ -78,7 +78,7 @@ def same(a, b):
     ("llama", []), ("gpt2", ["--partial", "independent", "--advantage", "pooled"]),
     ("qwen2", ["--turns", "0"]),
     ("gemma", ["--bf16", "--gradient-checkpointing", "--updates", "2"]),
-    ("llama", ["--lora-rank", "2"]), ("gpt2", ["--lora-rank", "2", "--gradient-checkpointing"]),
+    ("llama", ["--lora-rank", "2"]), ("qwen2", ["--lora-rank", "2", "--gradient-checkpointing"]),
     ("gemma3", ["--sft-epochs", "0", "--advantage", "separate", "--beta", "0",
                 "--aux-weight", "0"])])
 def test_a_run_leaves_a_plain_model_and_its_story(monkeypatch, capsys, tiny, tmp_path, varied, kind,
@@ -112,7 +112,7 @@ def test_a_saved_model_stops_where_it_was_taught_to(tiny, tmp_path):
 
 
 def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
-    model, chat = exgrpo.load_model(tiny("gpt2"), torch.device("cpu"))
+    model, chat = exgrpo.load_model(tiny("llama"), torch.device("cpu"))
     ids = torch.arange(2, 30)[None]
     before = model(ids).logits.detach()
     exgrpo.add_lora(model, 2, 8.0)
@@ -132,7 +132,14 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
     assert not any(isinstance(module, exgrpo.LoRA) for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lora_refuses_a_model_in_which_it_would_train_nothing(monkeypatch, capsys, tiny, tmp_path):
+    """GPT-2's layers are no nn.Linear: without adapters, a run would go through all its steps and
+    move no weight."""
+    fails(monkeypatch, capsys, "--student", tiny("gpt2"), *SMALL, "--lora-rank", 2, "--out",
+          tmp_path / "run", saying=["--lora-rank", "GPT2LMHeadModel", "no linear layer"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_frozen_layers_in_bf16_change_no_bit(kind, tiny):
     """Autocast would cast frozen fp32 weights anew at each token; held in bf16 they are cast once.
     Logits and the adapters' gradients must not notice."""
@@ -340,7 +347,7 @@ def test_a_checkpoint_or_warm_up_that_is_gone(monkeypatch, capsys, tiny, tmp_pat
 
 
 def test_out_of_memory_and_other_faults_of_torch(monkeypatch, capsys):
-    """A GPU's lack of memory has a class of its own, that of a CPU or of mps is a RuntimeError."""
+    """A GPU's lack of memory has a class of its own, that of a CPU is a RuntimeError."""
     def lacking():
         torch.empty(2 ** 60, dtype=torch.uint8)
     with pytest.raises(SystemExit) as leaving:
@@ -406,7 +413,8 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     """Phi-3 ends the whole by eos, and each turn by another token: eos was taught as the end of a
     reply, and dialogues were refused. Qwen3 puts an empty thought into the last reply only, and was
     refused, too. Both only append. So does Nemotron 3, which opens a reply by <think> and a new
-    line, and puts an empty thought without one into every finished reply."""
+    line, and puts an empty thought without one into every finished reply. GLM-4 ends a turn by the
+    token that opens the next one: it was said to have no end token."""
     model, chat = loaded("llama")
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     own, (phi3_end,) = tokenizer.chat_template, tokenizer.encode("<|open|>")
@@ -429,6 +437,12 @@ def test_templates_whose_last_turn_differs(tiny, loaded):
     phi3 = exgrpo.Chat(tokenizer, model)
     assert phi3.end_id == phi3_end and set(phi3.stop_ids) == {phi3_end, tokenizer.eos_token_id}
     assert tokenizer.decode(phi3.later("So?")) == "\nuser\nSo?<|open|>\nassistant\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|open|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|open|>assistant\n{% endif %}")
+    glm4 = exgrpo.Chat(tokenizer, model)
+    assert glm4.end_id == phi3_end
+    assert tokenizer.decode(glm4.later("So?")) == "user\nSo?<|open|>assistant\n"
 
 
 def questions(path, n):
