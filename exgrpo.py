@@ -47,6 +47,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -1390,14 +1391,33 @@ def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> Non
     write_whole(os.path.join(args.out, "eval.json"), json.dumps(table, indent=1).encode())
 
 
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided McNemar test -> p. If a and b were equally good, then whose question it is,
+    among those that only one of them gets right, would be decided by a fair coin."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def difference(after: str, before: str) -> str:
+    """What two models' verdicts on the same questions differ by, per cent, and p."""
+    pairs = list(zip(after, before))
+    gained, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    return f"{100 * (gained - lost) / len(after):+.1f} (p = {mcnemar(gained, lost):.1g})"
+
+
 def print_summary(args):
-    """The accuracies before and after, and what to do next."""
+    """The accuracies before and after, what reinforcement added, and what to do next."""
     table = read_eval(args)
     if table:
         print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in [*table.values()][0]))
     for label, found in table.items():
         shares = [reward.share(verdicts.count("1"), len(verdicts)) for verdicts in found.values()]
         print(f"{label:23}" + "".join(f"{share:>22}" for share in shares))
+    sft, end = (table.get(label, {}) for label in ("after SFT", f"after step {args.steps}"))
+    if sft and args.steps and sft.keys() == end.keys():
+        print(f"{'ExGRPO - SFT':23}" + "".join(f"{difference(end[name], sft[name]):>22}"
+                                               for name in end))
     data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
           f"next: python evaluate.py --model {args.out} --baseline {args.student}{data}\n"

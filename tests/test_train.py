@@ -517,7 +517,15 @@ def test_the_table_while_it_trains(monkeypatch, capsys, tiny, tmp_path):
     assert list(tables[0]) == ["student", "after SFT", "after step 2", "after step 4",
                                "after step 5"]
     assert same(weights(tmp_path / "run"), weights(tmp_path / "quiet"))
-    assert "after step 4" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "after step 4" in page and "ExGRPO - SFT" in page
+
+
+def test_what_reinforcement_added_is_paired():
+    """By hand: 3 questions won, 1 lost of 10; p = 2 (1 + 4) / 2^4. Equal verdicts: p = 1."""
+    assert exgrpo.difference("1110100011", "0000100111") == "+20.0 (p = 0.6)"
+    assert exgrpo.difference("0101", "0101") == "+0.0 (p = 1)"
+    assert exgrpo.mcnemar(3, 1) == 10 / 16
 
 
 def step_of(monkeypatch, tiny, out, *flags):
