@@ -700,17 +700,18 @@ class CudaGraphDecoder:
 
 def sample_token(logits, temperature: float, uniform):
     """logits (B, V), uniform (B,) on [0, 1) -> a token a row and its log-prob, (B,), by inverse CDF
-    of softmax(logits / temperature); greedy at temperature 0. In double precision: in fp32 the
-    running sum would lose the tail of a large vocabulary."""
+    of softmax(logits / temperature); greedy at temperature 0. Sums are in double precision: in
+    fp32 they would lose the tail of a large vocabulary."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
-    probs = (logits / temperature).softmax(-1)                                      # (B, V)
-    cdf = probs.to(uniform.dtype).cumsum(-1)
+    scaled = logits / temperature                                                   # (B, V)
+    scaled = scaled - scaled.amax(-1, keepdim=True)
+    cdf = scaled.exp().double().cumsum(-1)
     total = cdf[:, -1]
     # Below the total, so that rounding never selects a last token of probability 0.
     mass = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cdf, mass[:, None], right=True)                     # (B, 1)
-    return tokens.squeeze(1), probs.gather(1, tokens).squeeze(1).log()
+    return tokens.squeeze(1), scaled.gather(1, tokens).squeeze(1) - total.log()
 
 
 @torch.no_grad()
