@@ -476,9 +476,8 @@ def resume(file, header: dict, questions: list[dict]) -> int:
         theirs = next(exgrpo.read_jsonl(file.name))[1].get("ei", {})
         changed = [f"{key} = {theirs.get(key)!r}, not {header.get(key)!r}"
                    for key in {**header, **theirs} if theirs.get(key) != header.get(key)]
-        raise UserError(f"{file.name} was made with {', '.join(changed)}. Use its flags (prompts "
-                        "stands for the rules in ei.py, first_prompts for the models' chat "
-                        "templates), or name another --out")
+        raise UserError(f"{file.name} was made with {', '.join(changed)}. Use its flags (prompts: "
+                        "the rules in ei.py; templates: chat templates), or name another --out")
     end = content.rfind(b"\n") + 1
     if end < len(content):
         print(f"{file.name}: dropped a half-written last line, which is made again")
@@ -697,19 +696,20 @@ def parse_args():
     return args
 
 
-def make_header(args, question: dict, teacher, student) -> dict:
+def make_header(args, teacher, student) -> dict:
     """All that the output depends on. Paths of this project are stored relative to it."""
     header = {key: getattr(args, key) for key in (
         "teacher", "teacher_model", "student", "data", "split", "rules", "tau_hard",
         "max_new_tokens", "seed")}
     for key in ("teacher", "student", "data"):
         header[key] = header[key] and header[key].removeprefix(HERE + os.sep)
-    first = [(teacher, make_prompt(args.rules[0], question)), (student, [user_turn(question)])]
-    first = [model.chat.prompt(turns) for model, turns in first if model and model.chat]
-    prompts = TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES
-    for key, value in (("prompts", prompts), ("first_prompts", first)):
-        if value:
-            header[key] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+    row = MELONS | {"answer_type": "number"}  # of what a server's template makes, nothing is known
+    asked = (teacher, make_prompt("R1", row)), (student, [user_turn(row)])
+    texts = {"prompts": (TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES),
+             "templates": [model.chat.prompt(turns) for model, turns in asked
+                           if model and model.chat]}
+    header |= {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+               for key, value in texts.items() if value}
     return header | ({"request": args.request} if args.request else {})
 
 
@@ -732,7 +732,7 @@ def main():
         exgrpo.lock(file, f"another ei.py is writing {args.out}; wait, or name another --out")
         teacher = Server(args) if "://" in args.teacher else LocalModel(args.teacher, args)
         student = LocalModel(args.student, args) if args.student else None
-        header = make_header(args, questions[0], teacher, student)
+        header = make_header(args, teacher, student)
         finished = resume(file, header, questions)
         print(f"teacher  {args.teacher}: {teacher.about}\n"
               f"student  {args.student}: {student.about if student else 'Eq. 2 is skipped'}\n"

@@ -546,7 +546,7 @@ def test_another_chat_template_is_refused(tiny, monkeypatch, capsys, tmp_path):
         text = template.read_text()
         template.write_text("You are a helper." + text)
         code, err = run()
-        assert code == 2 and "first_prompts = '" in err and "chat templates" in err
+        assert code == 2 and "templates = '" in err and "chat templates" in err
         assert path.read_bytes() == before
         template.write_text(text)
     assert run()[0] == 0
@@ -980,6 +980,13 @@ def test_rows_without_gold_are_skipped_and_choices_of_tables_lettered():
     row = PUBLISHED["tabmwp"][0] | {"choices": ["pen", "cup"], "answer": "cup"}
     question, *rest = ei.read_row("tabmwp", row)
     assert question.endswith("How much?\n(A) pen\n(B) cup") and rest == ["B", "choice", "s"]
+
+
+def test_a_d_ei_file_gives_its_questions():
+    """As in evaluate.py: the five keys of a question, nothing of its probes."""
+    rows = ei.load_questions(os.path.join(HERE, "data", "probes.jsonl"), limit=3)
+    keys = "id", "question", "answer", "answer_type", "rationale"
+    assert rows == [{key: row[key] for key in keys} for row in ROWS[:3]]
 
 
 def test_without_the_package_or_the_network_one_line_says_so(run_ei, monkeypatch):
