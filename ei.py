@@ -13,8 +13,7 @@ untrained student answers some of its consistent probes correctly, but not all.
 Where the paper is silent or ambiguous, we chose:
  1. A question without rationale gets the teacher's, or is dropped if the teacher's answer is wrong.
  2. Only some rules' names are published. Our ten, with prompts and examples, are below.
- 3. A probe ends in an answer that reward.py can grade. It may not state the gold answer of its
-    question (leaked; R7 and R8 may), nor repeat the question, an example or a probe (duplicate).
+ 3. OUTCOMES lists why a probe is rejected. Only R7 and R8 may state the answer of their question.
  4. Eq. 2 follows the paper's prose. Its printed form has one comparison reversed.
 """
 import collections
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 import exgrpo
 import reward
-from exgrpo import HERE, UserError, at_least, user_turn
+from exgrpo import HERE, TOY, UserError, at_least, user_turn
 
 
 # ------------------------------------------------------------------------------------ the ten rules
@@ -173,7 +172,104 @@ def make_prompt(rule: str, row: dict) -> list[str]:
             REPLY.format(probe), AGAIN + TASK.format(**row)]
 
 
-# ------------------------------------------------------------------- parsing of the teacher's reply
+# ---------------------------------------------------------------------- probes and their filters
+
+# What becomes of a probe that a rule asks for, in the order of the checks. In D_EI, details may
+# follow the word: "unparsed: no TYPE line".
+OUTCOMES = {
+    "refused": "no reply: the server refuses the request, or the prompt is too long for the model",
+    "declined": "the teacher replies that the rule does not fit the question",
+    "unparsed": "the reply is cut off, or it is no probe that can be graded",
+    "duplicate": "the probe repeats the question, another probe or an example of ours",
+    "leaked": "the probe states the answer of its question",
+    "inconsistent": "Eq. 1: behind the probe, the teacher does not answer the question correctly",
+    "kept": "none of these"}
+
+
+class Rejected(Exception):
+    """A reply gives no probe. The message is one of OUTCOMES, perhaps with details."""
+
+
+def check_probe(rule: str, line: dict, text: str, fault: str) -> dict:
+    """A reply -> a probe of this rule for this question, or raises Rejected."""
+    if fault:
+        raise Rejected(fault)  # refused, or unparsed: cut off
+    if re.match(r"\W*DECLINED?\b", text):
+        raise Rejected("declined")
+    probe = parse_reply(text)  # else unparsed
+    if repeats(probe["probe"], [line["question"], *(other["probe"] for other in line["probes"])]):
+        raise Rejected("duplicate")
+    if rule not in MAY_STATE_ANSWER and leaks(probe["probe"], line):
+        raise Rejected("leaked")
+    return {"rule": rule, **probe}
+
+
+def make_probes(teacher, rows: list[dict], rules: list[str]) -> list[dict]:
+    """Questions -> their lines of D_EI, up to Eq. 1. The teacher gets many dialogues in a call."""
+    lines = [{**row, "kept": False, "probes": [], "declined": [], "rejected": []} for row in rows]
+    unsolved = [line for line in lines if not line["rationale"].strip()]
+    for line, reply in zip(unsolved, teacher([[user_turn(line)] for line in unsolved])):
+        if is_right(reply, line):
+            reasoning = reply[0].rpartition("The answer is")[0].strip().rstrip("*_#$ \n")
+            line["rationale"] = reasoning or reply[0]
+        else:
+            line["rejected"].append({"rule": "R_T", "reason": reply[1] or "wrong answer"})
+    pairs = [(line, rule) for line in lines if not line["rejected"] for rule in rules]
+    replies = teacher([make_prompt(rule, line) for line, rule in pairs])
+    for (line, rule), reply in zip(pairs, replies):
+        try:
+            line["probes"].append(check_probe(rule, line, *reply))
+        except Rejected as reason:
+            if str(reason) == "declined":
+                line["declined"].append(rule)
+            else:
+                line["rejected"].append({"rule": rule, "reason": str(reason)})
+    pairs = [(line, probe) for line in lines for probe in line["probes"]]
+    replies = teacher([[user_turn(probe), exgrpo.teacher_reply(probe), user_turn(line)]
+                       for line, probe in pairs])
+    for (line, probe), reply in zip(pairs, replies):
+        probe["consistent"], probe["student_correct"] = is_right(reply, line), None      # Eq. 1
+        if reply[1].startswith("refused"):  # whether it is consistent was never asked
+            line["probes"].remove(probe)
+            line["rejected"].append({"rule": probe["rule"], "reason": reply[1]})
+    return lines
+
+
+def is_right(reply: tuple[str, str], row: dict) -> bool:
+    """Is this (text, fault) a complete reply with the answer of the question or probe?"""
+    text, fault = reply
+    return not fault and reward.is_correct(text, row["answer"], row["answer_type"])
+
+
+def keep_question(n_correct: int, n_consistent: int, tau_hard: int) -> bool:
+    """Is the question neither too hard for the student nor too easy (all its probes are known)?"""
+    return tau_hard <= n_correct < n_consistent                                          # Eq. 2
+
+
+def apply_student_filter(student, lines: list[dict], tau_hard: int) -> list[dict]:
+    """The untrained student answers every consistent probe, each by itself; then Eq. 2 decides."""
+    if student:
+        probes = [probe for line in lines for probe in line["probes"] if probe["consistent"]]
+        for probe, reply in zip(probes, student([[user_turn(probe)] for probe in probes])):
+            probe["student_correct"] = is_right(reply, probe)
+    for line in lines:
+        line["kept"] = verdict(line, tau_hard) == "kept"
+    return lines
+
+
+def verdict(line: dict, tau_hard: int) -> str:
+    """What the filters make of a question: one of VERDICTS."""
+    if any(one["rule"] == "R_T" for one in line.get("rejected", [])):
+        return "no reasoning"
+    marks = [one.get("student_correct") for one in line["probes"] if one["consistent"]]
+    if not marks:
+        return "no probe left"
+    if None in marks or keep_question(sum(marks), len(marks), tau_hard):  # None: without a student
+        return "kept"
+    return "too hard" if sum(marks) < tau_hard else "too easy"
+
+
+# -------------------------------------------------------------- what is in a reply, and in a probe
 
 LABELS = ["PROBE", "REASONING", "TYPE", "ANSWER"]
 LABEL = re.compile(r"^[ \t*#]*(PROBE|REASONING|TYPE|ANSWER)[ \t*]*:[ \t*]*", re.MULTILINE)
@@ -181,20 +277,14 @@ OPTION = re.compile(r"^\(([A-Z])\)[ \t]*(\S.*)", re.MULTILINE)
 NUMBER = re.compile(r"(?<!\w)-?\d(?:[\d,]*\d)?(?:[./]\d+)?")
 
 
-class Rejected(Exception):
-    """A reply gives no probe. The message is the reason, as the report counts it."""
-
-
-def require(condition, reason):
+def require(condition, what):
     if not condition:
-        raise Rejected(f"unparsed: {reason}")
+        raise Rejected(f"unparsed: {what}")
 
 
 def parse_reply(text: str) -> dict:
     """A teacher's reply -> {"probe", "rationale", "answer", "answer_type"}, or raises Rejected."""
     require(len(text) <= 10_000, "longer than 10,000 characters")
-    if re.match(r"\W*DECLINED?\b", text):
-        raise Rejected("declined")
     _, *parts = LABEL.split(text)
     labels, values = parts[::2], [value.strip(" \t\r\n*") for value in parts[1::2]]
     for label in LABELS:
@@ -220,8 +310,6 @@ def parse_reply(text: str) -> dict:
             "REASONING states another answer")  # it would be taught
     return probe
 
-
-# -------------------------------------------------------------------------------------- the filters
 
 def words(text: str) -> str:
     """The words of a text, with a blank around each: `words(a) in words(b)` finds whole words."""
@@ -259,86 +347,15 @@ def repeats(probe: str, earlier: list[str]) -> bool:
             or any(len(mine & example) > 0.6 * len(mine | example) for example in EXAMPLES))
 
 
-def check_probe(rule: str, line: dict, text: str, fault: str) -> dict:
-    """A reply -> a probe of this rule for this question, or raises Rejected."""
-    require(not fault, fault)
-    probe = parse_reply(text)
-    if repeats(probe["probe"], [line["question"], *(other["probe"] for other in line["probes"])]):
-        raise Rejected("duplicate")
-    if rule not in MAY_STATE_ANSWER and leaks(probe["probe"], line):
-        raise Rejected("leaked")
-    return {"rule": rule, **probe}
-
-
-def is_right(reply: tuple[str, str], row: dict) -> bool:
-    """Is this (text, fault) a complete reply with the answer of the question or probe?"""
-    text, fault = reply
-    return not fault and reward.is_correct(text, row["answer"], row["answer_type"])
-
-
-def make_probes(teacher, rows: list[dict], rules: list[str]) -> list[dict]:
-    """Questions -> their lines of D_EI, up to Eq. 1. The teacher gets many dialogues in a call."""
-    lines = [{**row, "kept": False, "probes": [], "declined": [], "rejected": []} for row in rows]
-    unsolved = [line for line in lines if not line["rationale"].strip()]
-    for line, reply in zip(unsolved, teacher([[user_turn(line)] for line in unsolved])):
-        if is_right(reply, line):
-            reasoning = reply[0].rpartition("The answer is")[0].strip().rstrip("*_#$ \n")
-            line["rationale"] = reasoning or reply[0]
-        else:
-            line["rejected"].append({"rule": "R_T", "reason": reply[1] or "wrong answer"})
-    pairs = [(line, rule) for line in lines if not line["rejected"] for rule in rules]
-    replies = teacher([make_prompt(rule, line) for line, rule in pairs])
-    for (line, rule), reply in zip(pairs, replies):
-        try:
-            line["probes"].append(check_probe(rule, line, *reply))
-        except Rejected as reason:
-            if str(reason) == "declined":
-                line["declined"].append(rule)
-            else:
-                line["rejected"].append({"rule": rule, "reason": str(reason)})
-    pairs = [(line, probe) for line in lines for probe in line["probes"]]
-    replies = teacher([[user_turn(probe), exgrpo.teacher_reply(probe), user_turn(line)]
-                       for line, probe in pairs])
-    for (line, probe), reply in zip(pairs, replies):
-        probe["consistent"], probe["student_correct"] = is_right(reply, line), None      # Eq. 1
-    return lines
-
-
-def keep_question(n_correct: int, n_consistent: int, tau_hard: int) -> bool:
-    """Is the question neither too hard for the student nor too easy (all its probes are known)?"""
-    return tau_hard <= n_correct < n_consistent                                          # Eq. 2
-
-
-def apply_student_filter(student, lines: list[dict], tau_hard: int) -> list[dict]:
-    """The untrained student answers every consistent probe, each by itself; then Eq. 2 decides."""
-    if student:
-        probes = [probe for line in lines for probe in line["probes"] if probe["consistent"]]
-        for probe, reply in zip(probes, student([[user_turn(probe)] for probe in probes])):
-            probe["student_correct"] = is_right(reply, probe)
-    for line in lines:
-        line["kept"] = verdict(line, tau_hard) == "kept"
-    return lines
-
-
-def verdict(line: dict, tau_hard: int) -> str:
-    """What the filters make of a question: one of VERDICTS."""
-    if any(one["rule"] == "R_T" for one in line.get("rejected", [])):
-        return "no reasoning"
-    marks = [one.get("student_correct") for one in line["probes"] if one["consistent"]]
-    if not marks:
-        return "no probe left"
-    if None in marks or keep_question(sum(marks), len(marks), tau_hard):  # None: without a student
-        return "kept"
-    return "too hard" if sum(marks) < tau_hard else "too easy"
-
-
 # ------------------------------------------------------------------------------------- the teachers
 
-def clean_reply(text: str, finish_reason: str) -> tuple[str, str]:
-    """(text, fault): without a reasoning model's thoughts; `fault`: why it is no complete reply."""
+def clean_reply(text, finish_reason: str) -> tuple[str, str]:
+    """(text, fault): without a reasoning model's thoughts; why it is no complete reply, or ""."""
+    if not isinstance(text, str):  # None, or the parts of a reply: the thoughts, and the text
+        text = "".join(part.get("text") or "" for part in text or [])
     text = text.rpartition("</think>")[2].encode("utf-8", "replace").decode()  # no lone surrogates
-    faults = {"length": "cut off by the token limit",
-              "content_filter": "withheld by the server's content filter"}
+    faults = {"length": "unparsed: cut off by the token limit",
+              "content_filter": "refused: withheld by the server's content filter"}
     return text, faults.get(finish_reason, "")
 
 
@@ -354,7 +371,7 @@ class LocalModel:
 
     def __call__(self, dialogues: list[list[str]]) -> list[tuple[str, str]]:
         prompts = [self.chat.prompt(turns) for turns in dialogues]
-        replies = [("", "prompt too long for the model")] * len(prompts)
+        replies = [("", "refused: prompt too long for the model")] * len(prompts)
         room = exgrpo.context_size(self.model) - self.max_new_tokens
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         fitting.sort(key=prompts.__getitem__)  # what a batch has in common is read once
@@ -373,7 +390,7 @@ class Server:
     """Any OpenAI-compatible server as the teacher: dialogues -> [(text, fault)]."""
 
     PING = ["Reply with the word yes."]  # refused only by a server that refuses everything
-    align = 1              # its replies do not depend on what else is asked
+    chat, align = None, 1  # its template is not known; no reply depends on what else is asked
     TRIES, PAUSE = 8, 1.0  # tries of a request; seconds before the second one, doubled each time:
     TIMEOUT = 300          # two minutes in all, longer than a limit per minute; seconds of one try
 
@@ -409,13 +426,15 @@ class Server:
         for attempt in range(self.TRIES):
             if self.stop.wait(delay):
                 raise KeyboardInterrupt
-            asked = None
             try:
                 completion = self.client.chat_completion(messages, extra_body=self.fields)
                 choice = completion.choices[0] if completion.choices else None
                 if choice and choice.message and choice.finish_reason != "error":
-                    return self.read(choice, completion.usage)
-                status, said = 200, dump(completion).decode()
+                    usage = completion.usage
+                    self.add({"requests": 1, "prompt tokens": usage and usage.prompt_tokens or 0,
+                              "new tokens": usage and usage.completion_tokens or 0})
+                    return clean_reply(choice.message.content, choice.finish_reason)
+                status, said, asked = 200, dump(completion).decode(), None
             except Exception as error:  # HTTP errors, timeouts, closed connections, broken JSON
                 response = getattr(error, "response", None) or getattr(
                     error.__context__, "response", None)  # the client trips over Gemini's lists
@@ -436,15 +455,7 @@ class Server:
         self.add({"refused": 1})
         message = re.search(r'"(?:message|error|detail)": *"((?:[^"\\]|\\.)+)', said)
         reason = re.sub(r"[\w-]*\d[\w.,-]*", "N", message[1] if message else said)
-        return "", f"refused by the server: {reason[:100]}"  # equal reasons are counted together
-
-    def read(self, choice, usage):
-        text = choice.message.content or ""
-        if isinstance(text, list):  # parts: a reasoning model's thoughts, and the text
-            text = "".join(part.get("text") or "" for part in text)
-        self.add({"requests": 1, "prompt tokens": usage and usage.prompt_tokens or 0,
-                  "new tokens": usage and usage.completion_tokens or 0})
-        return clean_reply(text, choice.finish_reason)
+        return "", f"refused: {reason[:100]}"  # equal reasons are counted together
 
     def add(self, counts):
         with self.lock:
@@ -457,54 +468,48 @@ def dump(row: dict) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def open_output(path: str, header: dict, questions: list[dict]):
-    """A D_EI file to append to, locked, and how many of the questions it holds already."""
-    file, mine = open(path, "a+b"), dump({"ei": header})
-    exgrpo.lock(file, f"another ei.py is writing {path}; wait for it, or name another --out")
+def resume(file, header: dict, questions: list[dict]) -> int:
+    """Checks that an open D_EI file is of this run -> how many of the questions it holds."""
     file.seek(0)
-    content = file.read()
+    content, mine = file.read(), dump({"ei": header})
     if not mine.startswith(content[:len(mine)]):
-        theirs = next(exgrpo.read_jsonl(path))[1].get("ei", {})
+        theirs = next(exgrpo.read_jsonl(file.name))[1].get("ei", {})
         changed = [f"{key} = {theirs.get(key)!r}, not {header.get(key)!r}"
                    for key in {**header, **theirs} if theirs.get(key) != header.get(key)]
-        raise UserError(f"{path} was made with {', '.join(changed)}. Use its flags (prompts is a "
-                        "digest of the rules in ei.py), or name another --out")
+        raise UserError(f"{file.name} was made with {', '.join(changed)}. Use its flags (prompts: "
+                        "the rules in ei.py; templates: chat templates), or name another --out")
     end = content.rfind(b"\n") + 1
     if end < len(content):
-        print(f"{path}: dropped a half-written last line, which is made again")
+        print(f"{file.name}: dropped a half-written last line, which is made again")
     file.truncate(end)
     file.seek(end)
-    finished = 0
-    for (where, line), row in zip(itertools.islice(exgrpo.read_jsonl(path), 1, None), questions):
+    finished, lines = 0, itertools.islice(exgrpo.read_jsonl(file.name), 1, None)
+    for (where, line), row in zip(lines, questions):
         if any(line.get(key) != row[key] for key in ("id", "question", "answer", "answer_type")):
             raise UserError(f"{where} holds question {line.get('id')!r}, but here the data has "
                             f"{row['id']!r}: the data has changed; name another --out")
         finished += 1
-    return file, finished
+    return finished
 
 
-def write_probes(teacher, student, questions: list[dict], finished: int, file, args):
-    """Appends the lines of all questions but the first `finished` ones, batch by batch.
-
-    A local model's batch that was cut is asked again as a whole, because the last digits of logits
-    may depend on what else is in a batch.
-    """
+def write_probes(teacher, student, questions: list[dict], finished: int, file, header: dict):
+    """Appends the lines of all questions but the first `finished` ones. A local model's batch that
+    was cut is asked again as a whole: the last digits of logits may depend on all that is in it."""
     with tqdm(total=len(questions), initial=finished, unit="question") as bar:
         for start in range(finished - finished % teacher.align, len(questions), teacher.batch):
-            lines = make_probes(teacher, questions[start:start + teacher.batch], args.rules)
-            lines = apply_student_filter(student, lines, args.tau_hard)[max(0, finished - start):]
-            for line in lines:
+            lines = make_probes(teacher, questions[start:start + teacher.batch], header["rules"])
+            lines = apply_student_filter(student, lines, header["tau_hard"])
+            for line in lines[max(0, finished - start):]:
                 if not file.tell():  # only now: a run that could not begin leaves no header behind
-                    file.write(dump({"ei": make_header(args)}))
+                    file.write(dump({"ei": header}))
                 file.write(dump(line))
                 file.flush()
-            bar.update(len(lines))
+                bar.update()
 
 
 # --------------------------------------------------------------------------------------- the report
 
-COLUMNS = ["asked", "declined", "unparsed", "leaked", "duplicate", "inconsistent", "kept",
-           "student right"]
+COLUMNS = ["asked", *OUTCOMES, "student right"]
 VERDICTS = ["no reasoning", "no probe left", "too hard", "too easy", "kept"]
 
 
@@ -515,8 +520,9 @@ def count(path: str) -> tuple:
     for line in lines:
         outcomes = [(rule, "declined") for rule in line.get("declined", [])]
         for one in line.get("rejected", []):
-            outcomes.append((one["rule"], one["reason"].partition(":")[0]))
-            reasons[one["reason"]] += 1
+            reason = one["reason"].replace("unparsed: refused by the server:", "refused:")  # of old
+            outcomes.append((one["rule"], reason.partition(":")[0]))
+            reasons[reason] += 1
         for probe in line["probes"]:
             outcomes.append((probe["rule"], "kept" if probe["consistent"] else "inconsistent"))
             rules[probe["rule"], "student right"] += bool(probe.get("student_correct"))
@@ -528,13 +534,13 @@ def count(path: str) -> tuple:
 def report(path: str):
     """Prints what each filter did, from the file alone."""
     header, rules, reasons, verdicts = count(path)
-    asked = [rule for rule in RULES if rules[rule, "asked"]]
+    table = {f"{rule} {RULES[rule].name}": [rules[rule, column] for column in COLUMNS]
+             for rule in RULES if rules[rule, "asked"]}
+    table["all"] = map(sum, zip(*table.values()))
     print(f"\n{'probes':25}" + "".join(f"{column:>14}" for column in COLUMNS))
-    for rule in asked:
-        print(f"{f'{rule} {RULES[rule].name}':25}"
-              + "".join(f"{rules[rule, column]:14,}" for column in COLUMNS))
-    totals = [sum(rules[rule, column] for rule in asked) for column in COLUMNS]
-    print(f"{'all':25}" + "".join(f"{total:14,}" for total in totals) + "\n")
+    for name, numbers in table.items():
+        print(f"{name:25}" + "".join(f"{n:14,}" for n in numbers))
+    print("", *(f"{outcome:14}{meaning}" for outcome, meaning in OUTCOMES.items()), "", sep="\n")
     for reason, n in reasons.most_common():
         print(f"{n:9,}  {reason}")
     print(f"\n{'questions':39}  % (95 % interval)")
@@ -627,12 +633,10 @@ def fetch(name: str, split: str):
 
 def load_questions(source: str, split: str = "train", limit: int | None = None) -> list[dict]:
     """The first `limit` questions of a .jsonl file, or of a split of one of the twelve DATASETS."""
-    keys, questions, seen = ("id", "question", "answer", "answer_type", "rationale"), [], {}
+    keys, questions = ("id", "question", "answer", "answer_type", "rationale"), []
     if source.endswith(".jsonl"):
-        for where, row in itertools.islice(exgrpo.read_jsonl(source), limit):
-            exgrpo.check_question(row, where, seen=seen)
-            questions.append({key: row[key] for key in keys})
-        return questions
+        _, rows = exgrpo.read_probes(source, or_questions=True)
+        return [{key: row[key] for key in keys} for row in rows[:limit]]
     if source not in DATASETS:
         raise UserError(f"--data {source}: neither a .jsonl file nor one of {', '.join(DATASETS)}")
     if split not in ("train", "test") or (source, split) == ("gsm8k_rev", "train"):
@@ -659,13 +663,11 @@ def json_object(text):  # argparse names this function where the text is no JSON
 
 
 def parse_args():
-    toy = os.path.join(HERE, "toy", "")
     parser = exgrpo.Parser("Stage 1, explanatory inversion: questions -> filtered probes.")
     add = parser.add_argument_group("what to make, of what").add_argument
-    add("--teacher", default=toy + "teacher", help="Hub name, local folder or URL of a server")
-    add("--student", help="untrained student, Hub name or local folder; without it, no Eq. 2 (but "
-        "the toy teacher has the toy student)")
-    add("--data", default=toy + "train.jsonl", help=".jsonl file, or one of " + ", ".join(DATASETS))
+    add("--teacher", default=TOY + "teacher", help="Hub name, local folder or URL of a server")
+    add("--student", help="untrained student; None: the toy's for the toy teacher, else no Eq. 2")
+    add("--data", default=TOY + "train.jsonl", help=".jsonl file, or one of " + ", ".join(DATASETS))
     add("--split", default="train", help="of a named dataset: train or test")
     add("--limit", type=at_least(1), help="number of questions, from the first; none means all")
     add("--out", default="probes.jsonl", help="D_EI file; an unfinished one is continued")
@@ -684,38 +686,32 @@ def parse_args():
     add("--dry-run", action="store_true", help="only print the prompts and the calls to expect")
     add("--report", metavar="FILE", help="only print the filter table of this D_EI file")
     args = parser.parse_args()
-    if os.path.abspath(args.teacher) == toy + "teacher" and not args.student:
+    if os.path.abspath(args.teacher) == TOY + "teacher" and not args.student:
         args.student = exgrpo.TOY_STUDENT
     args.rules = list(RULES) if args.rules == "all" else args.rules.split(",")
     if not set(args.rules) <= set(RULES) or len(set(args.rules)) < len(args.rules):
         raise UserError(f"--rules: name each rule once, as in {','.join(RULES)}")
     if args.student and args.tau_hard >= len(args.rules):
         raise UserError(f"--tau-hard {args.tau_hard} with {len(args.rules)} --rules keeps no "
-                        "question, by Eq. 2: a rule gives one probe, and the student must know "
-                        "tau-hard of them, but not all")
+                        "question: the student must know tau-hard of its probes, but not all")
     return args
 
 
-def make_header(args) -> dict:
+def make_header(args, teacher, student) -> dict:
     """All that the output depends on. Paths of this project are stored relative to it."""
     header = {key: getattr(args, key) for key in (
         "teacher", "teacher_model", "student", "data", "split", "rules", "tau_hard",
         "max_new_tokens", "seed")}
     for key in ("teacher", "student", "data"):
         header[key] = header[key] and header[key].removeprefix(HERE + os.sep)
-    prompts = repr((TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES))
-    header["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()[:12]
+    row = MELONS | {"answer_type": "number"}  # of what a server's template makes, nothing is known
+    asked = (teacher, make_prompt("R1", row)), (student, [user_turn(row)])
+    texts = {"prompts": (TEMPLATE, NO_LEAK, AGAIN, TASK, REPLY, MELONS, SNOWMAN, RULES),
+             "templates": [model.chat.prompt(turns) for model, turns in asked
+                           if model and model.chat]}
+    header |= {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+               for key, value in texts.items() if value}
     return header | ({"request": args.request} if args.request else {})
-
-
-def dry_run(questions: list[dict], rules: list[str]):
-    """Prints the first question's prompts, and the number of calls that the run will make."""
-    for rule in rules:
-        print(f"{f' {rule} ':=^80}\n" + "\n--------\n".join(make_prompt(rule, questions[0])) + "\n")
-    n_probes = len(questions) * len(rules)
-    calls = n_probes + sum(not row["rationale"].strip() for row in questions)
-    print(f"{len(questions):,} questions: {calls:,} calls for reasoning and probes, at most "
-          f"{n_probes:,} more for Eq. 1")
 
 
 def main():
@@ -726,23 +722,29 @@ def main():
     if not questions:
         raise UserError(f"{args.data} holds no question")
     if args.dry_run:
-        return dry_run(questions, args.rules)
-    file, finished = open_output(args.out, make_header(args), questions)
-    with file:
-        is_url = args.teacher.startswith(("http://", "https://"))
-        teacher = Server(args) if is_url else LocalModel(args.teacher, args)
+        for rule in args.rules:
+            prompt = "\n--------\n".join(make_prompt(rule, questions[0]))
+            print(f"{f' {rule} ':=^80}\n{prompt}\n")
+        n_probes = len(questions) * len(args.rules)
+        calls = n_probes + sum(not row["rationale"].strip() for row in questions)
+        return print(f"{len(questions):,} questions: {calls:,} calls for reasoning and probes, "
+                     f"at most {n_probes:,} more for Eq. 1")
+    with open(args.out, "a+b") as file:
+        exgrpo.lock(file, f"another ei.py is writing {args.out}; wait, or name another --out")
+        teacher = Server(args) if "://" in args.teacher else LocalModel(args.teacher, args)
         student = LocalModel(args.student, args) if args.student else None
+        header = make_header(args, teacher, student)
+        finished = resume(file, header, questions)
         print(f"teacher  {args.teacher}: {teacher.about}\n"
               f"student  {args.student}: {student.about if student else 'Eq. 2 is skipped'}\n"
               f"data     {args.data}, {args.split}: {len(questions):,} questions\n"
               f"output   {args.out}, {finished:,} questions in it", flush=True)
         if finished < len(questions):
-            write_probes(teacher, student, questions, finished, file, args)
+            write_probes(teacher, student, questions, finished, file, header)
     report(args.out)
     counts = ", ".join(f"{n:,} {what}" for what, n in teacher.counts.items())
-    student = args.student or "STUDENT"
     print(f"\nteacher, this time: {counts or 'nothing was left to ask'}\nD_EI in {args.out}\n"
-          f"next: python exgrpo.py --student {student} --probes {args.out}")
+          f"next: python exgrpo.py --student {args.student or 'STUDENT'} --probes {args.out}")
 
 
 if __name__ == "__main__":

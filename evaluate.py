@@ -7,9 +7,6 @@
 Every question is asked alone, in one turn, and answered greedily: inference as in the paper. A D_EI
 file (ei.py writes it) gives its questions and, as the EI-Test, the probes that passed Eq. 1.
 
-    load_items   what is asked                  answer   the outputs, stored as they come
-    figures      verdicts, group by group       report   shares, intervals and paired tests of them
-
 What the paper leaves open, and we chose:
  1. "Forward and reverse": a question and its reversal probe (R8) are both right.
  2. "Counterfactual": the R1 probe is right, and the student's answers to it and to its question
@@ -18,6 +15,7 @@ What the paper leaves open, and we chose:
     Wilson's interval and McNemar's test do not: for all rules together they are too sure.
 """
 import collections
+import csv
 import itertools
 import json
 import math
@@ -30,7 +28,7 @@ from tqdm import tqdm
 import ei
 import exgrpo
 import reward
-from exgrpo import UserError, at_least
+from exgrpo import UserError, at_least, mcnemar
 
 
 # ---------------------------------------------------------------------------------- what is asked
@@ -89,49 +87,48 @@ def answer(name, items, args, path):
     rows = []
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "x", encoding="utf-8") as file, tqdm(total=len(items), unit="question") as bar:
-        write_line(file, {"evaluate": vars(args) | {"asked": name, "torch": torch.__version__}})
+        header = {"evaluate": vars(args) | {"asked": name, "torch": torch.__version__}}
+        print(json.dumps(header, ensure_ascii=False), file=file, flush=True)
         for start in range(0, len(items), args.batch_size):
             batch = slice(start, start + args.batch_size)
             greedy = exgrpo.generate(model, chat, prompts[batch],
                                      max_new_tokens=args.max_new_tokens)
-            samples = sample_texts(model, chat, prompts[batch], args, generator)
-            for item, reply, texts in zip(items[batch], greedy, samples):
-                rows.append(grade(item | dict(zip(OUTPUT, (*reply, texts)))))
-                write_line(file, rows[-1])
+            samples = sample_replies(model, chat, prompts[batch], args, generator)
+            for item, reply, drawn in zip(items[batch], greedy, samples):
+                rows.append(grade(item | dict(zip(OUTPUT, (*reply, drawn)))))
+                print(json.dumps(rows[-1], ensure_ascii=False), file=file, flush=True)
             bar.update(len(greedy))
             bar.set_postfix_str(f"right {mean(rows, 'correct'):.1%}")
     return rows
 
 
-def sample_texts(model, chat, prompts, args, generator):
+def sample_replies(model, chat, prompts, args, generator):
     """--samples replies to each prompt, drawn from the model as it is (temperature 1)."""
-    texts = [[] for _ in prompts]
+    samples = [[] for _ in prompts]
     widths = [(len(prompt) + args.max_new_tokens) * args.samples for prompt in prompts]
     for batch in exgrpo.micro_batches(widths, 16384) if args.samples else []:
         replies, _, _ = exgrpo.sample(
             model, [prompts[i] for i in batch], temperature=1.0, stop_ids=chat.stop_ids,
             max_new_tokens=args.max_new_tokens, group_size=args.samples, generator=generator)
-        for place, ids in enumerate(replies):
-            texts[batch[place // args.samples]].append(chat.decode(chat.finish(ids)[0]))
-    return texts
+        for place, (ids, truncated) in enumerate(map(chat.finish, replies)):
+            samples[batch[place // args.samples]].append(
+                {"output": chat.decode(ids), "truncated": truncated})
+    return samples
 
 
 def grade(row):
     """Adds what reward.py reads as the answer (None: it cannot be read), and its verdicts. A reply
     that was cut by the token limit states nothing."""
-    gold, output = (row["answer"], row["answer_type"]), "" if row["truncated"] else row["output"]
-    return row | {"extracted": reward.extract_answer(output, row["answer_type"]),
-                  "correct": reward.is_correct(output, *gold),
-                  "samples_correct": sum(reward.is_correct(text, *gold) for text in row["samples"])}
+    gold, kind, cut = row["answer"], row["answer_type"], row["truncated"]
+
+    def right(reply):
+        return not reply.get("truncated") and reward.is_correct(reply["output"], gold, kind)
+    return row | {"extracted": None if cut else reward.extract_answer(row["output"], kind),
+                  "correct": right(row), "samples_correct": sum(map(right, row["samples"]))}
 
 
 def mean(rows, key):
     return sum(row[key] for row in rows) / len(rows)
-
-
-def write_line(file, row):
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
 
 
 def read_outputs(path):
@@ -142,26 +139,21 @@ def read_outputs(path):
         raise UserError(f'{where}: evaluate.py did not write this: there is no {{"evaluate": ...}}')
     for where, row in lines:
         for key, kind in (ITEM | OUTPUT).items():
-            if not isinstance(row.get(key), kind) or key == "samples" and not all(
-                    isinstance(text, str) for text in row[key]):
+            if not isinstance(row.get(key), kind):
                 raise UserError(f'{where}: "{key}" is not as evaluate.py writes it')
+        # Older versions stored a sample's text alone: whether it was truncated is not known.
+        samples = [{"output": one} if isinstance(one, str) else one for one in row["samples"]]
+        if not all(isinstance(one, dict) and isinstance(one.get("output"), str) for one in samples):
+            raise UserError(f'{where}: "samples" is not as evaluate.py writes it')
         key = f"{row['data']}: {row['id']}"
         exgrpo.check_question(row | {"id": key}, where, {"question": str, "answer": str}, seen)
-        rows.append(grade(row))
+        rows.append(grade(row | {"samples": samples}))
     if not rows:
         raise UserError(f"{path}: there is no answer in it")
     return rows
 
 
 # ------------------------------------------------------------------------------------- statistics
-
-def mcnemar(only_a, only_b):
-    """Exact two-sided McNemar test -> p. If a and b were equally good, then whose question it is,
-    among those that only one of them gets right, would be decided by a fair coin."""
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2 ** n)
-
 
 def bootstrap(values, clusters, seed=0, draws=10_000):
     """95 % percentile interval of the mean of values; whole clusters (questions) are drawn."""
@@ -234,6 +226,9 @@ def report(rows, baseline=None, seed=0):
         if "output" in group[0]:
             result |= {"unparsed": sum(row["extracted"] is None for row in group) / n,
                        "truncated": mean(group, "truncated"), "tokens": mean(group, "tokens")}
+            cut = [sample.get("truncated") for row in group for sample in row["samples"]]
+            if cut and None not in cut:
+                result["samples_truncated"] = sum(map(bool, cut)) / len(cut)
             counts = [(len(row["samples"]), row["samples_correct"]) for row in group]
             for k in (2 ** power for power in range(min(counts)[0].bit_length())):
                 result[f"pass@{k}"] = sum(pass_at_k(*count, k) for count in counts) / n
@@ -264,7 +259,8 @@ def paired(group, other, seed):
 COLUMNS = {"": "{figure}", "n": "{n}", "right": "{accuracy:.1%}", "95 %": "{low:.1%} to {high:.1%}",
            "baseline": "{baseline:.1%}", "difference": "{difference:+.1%}",
            "95 % of it": "{difference_low:+.1%} to {difference_high:+.1%}", "p": "{p:.2g}",
-           "unparsed": "{unparsed:.1%}", "truncated": "{truncated:.1%}", "tokens": "{tokens:.0f}"}
+           "unparsed": "{unparsed:.1%}", "truncated": "{truncated:.1%}", "tokens": "{tokens:.0f}",
+           "samples truncated": "{samples_truncated:.1%}"}
 
 
 def markdown(results):
@@ -306,72 +302,90 @@ PANELS = {"reward": ["reward"], "accuracy: full, partial (dashed)": ["acc_full",
 
 
 def read_metrics(run):
-    """RUN/metrics.csv, which exgrpo.py writes -> a numpy table, a row a step; no value is nan."""
+    """RUN/metrics.csv, which exgrpo.py writes -> {column: (steps, values)}; no value is nan."""
     path = os.path.join(run, "metrics.csv")
-    empty = UserError(f"{path}: there is no step in it yet")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{path}: there is no step in it yet")
     try:
-        if not os.path.getsize(path):
-            raise empty
-        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); --curves wants --out folders of exgrpo.py")
-    for name in ["step", *itertools.chain(*PANELS.values())]:
-        if name not in (table.dtype.names or ()):
-            raise UserError(f"{path}:1: no column {name}; this version of exgrpo.py writes one")
-    if not len(table):
-        raise empty
-    return table
+        return {name: ([float(row["step"]) for row in rows], [float(row[name]) for row in rows])
+                for name in itertools.chain(*PANELS.values())}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not as this version of exgrpo.py writes it: {error!r}")
+
+
+def read_eval(run):
+    """RUN/eval.json, if it is there -> {file: (steps, shares of right answers)}, step 0 being after
+    SFT, and {"FILE, student": the same}, a level line, for the student before SFT."""
+    path, shares, curves = os.path.join(run, "eval.json"), collections.defaultdict(dict), {}
+    table = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
+    for label, found in table.items():  # student, after SFT, after step 40, ...
+        step = int({"student": -1, "after SFT": 0}.get(label, label.split()[-1]))
+        for file, verdicts in found.items():
+            if verdicts and isinstance(verdicts, str):  # older versions wrote counts
+                shares[file][step] = verdicts.count("1") / len(verdicts)
+    for file, found in shares.items():
+        student, steps = found.pop(-1, math.nan), sorted(found)
+        if len(found) > 1:
+            curves[file] = steps, [found[step] for step in steps]
+            curves[f"{file}, student"] = steps, [student for step in steps]
+    return curves
 
 
 def seeds_together(runs):
-    """Runs whose settings (run.json) differ in the seed alone -> {label: their tables}. Students
-    named NAME-SEED, as tests/ablation.py names each seed's warm-up, count as one setting."""
+    """Runs whose settings (run.json) differ in the seed alone -> {label: runs}. Students named
+    NAME-SEED, as tests/ablation.py names each seed's warm-up, count as one setting."""
     groups = {}
     for run in runs:
-        try:
-            with open(os.path.join(run, "run.json"), encoding="utf-8") as file:
-                settings = json.load(file)
-            student = str(settings.get("student")).removesuffix(f"-{settings.get('seed')}")
-            settings = json.dumps(settings | {"seed": None, "student": student}, sort_keys=True)
-        except (OSError, ValueError, TypeError, AttributeError):
-            settings = run  # unknown: it stands alone
+        path = os.path.join(run, "run.json")
+        settings = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {"run": run}
+        student = str(settings.get("student")).removesuffix(f"-{settings.get('seed')}")
+        settings = json.dumps(settings | {"seed": None, "student": student}, sort_keys=True)
         groups.setdefault(settings, []).append(run)
-    names = [os.path.basename(os.path.abspath(group[0])) for group in groups.values()]
-    labels = [name if names.count(name) == 1 else group[0]
-              for name, group in zip(names, groups.values())]
-    return {f"{label}, n = {len(group)}": [read_metrics(run) for run in group]
-            for label, group in zip(labels, groups.values())}
+    return {f"{group[0]}, n = {len(group)}": group for group in groups.values()}
 
 
-def band(tables, name):
-    """A column of several seeds -> (steps, mean, lowest, highest), over the steps all of them have.
+def band(seeds):
+    """A curve of several seeds -> (steps, mean, lowest, highest), over the steps all of them have.
     Each seed is a running mean over 1/25 of the steps, which passes over missing values."""
-    n = min(map(len, tables))
+    n = min(len(steps) for steps, _ in seeds)
     window = np.ones(max(1, n // 25))
-    values = np.stack([table[name][:n] for table in tables])                        # (seeds, steps)
+    values = np.array([values[:n] for _, values in seeds])                          # (seeds, steps)
     seen = np.isfinite(values)
     slide = lambda rows: np.stack([np.convolve(row, window, "valid") for row in rows])
     with np.errstate(invalid="ignore"):  # 0 / 0 where a window is empty: a gap in the curve
         smooth = slide(np.where(seen, values, 0.0)) / slide(seen)
-    return tables[0]["step"][len(window) - 1:n], smooth.mean(0), smooth.min(0), smooth.max(0)
+    return seeds[0][0][len(window) - 1:n], smooth.mean(0), smooth.min(0), smooth.max(0)
 
 
 def draw_curves(runs, path):
-    """A PNG of six panels: a line for each setting, its seeds' mean, in the band of their range."""
+    """A PNG of six panels: a line for each setting, its seeds' mean, in the band of their range. A
+    seventh panel shows the accuracies in eval.json, with a marker for each file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--curves needs matplotlib, which is not installed: pip install matplotlib")
-    groups = seeds_together(runs)
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        for number, (label, tables) in enumerate(groups.items()):
-            for name, style in zip(names, ("-", "--")):
-                steps, middle, low, high = band(tables, name)
-                axes.plot(steps, middle, style, color=f"C{number}", label=label)
-                axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+    groups = seeds_together(runs).items()
+    metrics = {label: [read_metrics(run) for run in group] for label, group in groups}
+    evals = {label: [read_eval(run) for run in group] for label, group in groups}
+    files = list(dict.fromkeys(name for seeds in evals.values() for name in seeds[0]))
+    figure = Figure(figsize=(18 if files else 12, 6.5), layout="constrained")
+    places = figure.subplot_mosaic("ABCG;DEFG" if files else "ABC;DEF")
+    for letter, (title, names) in zip(sorted(places), (PANELS | {"accuracy": files}).items()):
+        axes, markers = places[letter], "os^vDPX*" * len(files) if letter == "G" else [""]
+        for number, (label, seeds) in enumerate((evals if letter == "G" else metrics).items()):
+            for name, style in zip(names, itertools.product(markers, ("-", "--"))):
+                if all(name in curves for curves in seeds):
+                    steps, middle, low, high = band([curves[name] for curves in seeds])
+                    axes.plot(steps, middle, "".join(style), color=f"C{number}",
+                              label=name if letter == "G" else label)
+                    axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
         axes.set(title=title, xlabel="step")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    if files:
+        lines = {line.get_label(): line for line in axes.lines}  # of one setting, for all
+        figure.legend(lines.values(), lines, loc="outside right upper")
+    figure.legend(*places["A"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"curves in {path}")
@@ -395,25 +409,19 @@ def parse_args(argv=None):
                       "curves.png; new or empty. None: the first free evals/N")
     add("--seed", type=at_least(0), default=0, help="of the samples and of the bootstrap")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    group = parser.add_argument_group("without a model")
-    add = group.add_mutually_exclusive_group().add_argument
+    group = parser.add_argument_group("without a model").add_mutually_exclusive_group()
+    add = group.add_argument
     add("--compare", nargs=2, metavar=("A", "B"), help="outputs.jsonl of two calls: A against B")
-    add("--curves", nargs="+", metavar="RUN", help="picture of the training in these folders; runs "
-                                                   "that differ in their seed alone become a band")
+    add("--curves", nargs="+", metavar="RUN", help="picture of runs; a setting's seeds are a band")
     return parser.parse_args(argv)
-
-
-def free_folder(out):
-    """--out, or the first free evals/N. Nothing is overwritten: a folder in use is refused."""
-    out = out or next(f"evals/{n}" for n in itertools.count(1) if not os.path.exists(f"evals/{n}"))
-    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise UserError(f"{out} exists already, and nothing is overwritten; name another --out")
-    return out
 
 
 def main(argv=None):
     args = parse_args(argv)
-    args.out = free_folder(args.out)
+    free = (f"evals/{n}" for n in itertools.count(1) if not os.path.exists(f"evals/{n}"))
+    args.out = args.out or next(free)
+    if os.path.exists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
+        raise UserError(f"{args.out} exists already and is not overwritten; name another --out")
     if args.curves:
         return draw_curves(args.curves, os.path.join(args.out, "curves.png"))
     if args.compare:
@@ -422,9 +430,8 @@ def main(argv=None):
     items = load_items(args.data, args.split, args.limit)
     outputs = os.path.join(args.out, "outputs.jsonl")
     rows = answer(args.model, items, args, outputs)
-    baseline = None
-    if args.baseline:
-        baseline = answer(args.baseline, items, args, os.path.join(args.out, "baseline.jsonl"))
+    baseline = args.baseline and answer(args.baseline, items, args,
+                                        os.path.join(args.out, "baseline.jsonl"))
     write_report(report(rows, baseline, args.seed), args.out)
     print(f"every output in {outputs}\n"
           f"next: python evaluate.py --compare {outputs} OTHER/outputs.jsonl")

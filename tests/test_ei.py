@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def stub_student(dialogues):
 @pytest.fixture
 def run_ei(monkeypatch, capsys):
     """run_ei(flags...) -> (exit code, stdout, stderr), in this process; the student is a stub."""
-    stub_student.about = "stub"
+    stub_student.about, stub_student.chat = "stub", None
     monkeypatch.setattr(ei, "LocalModel", lambda name, args: stub_student)
     monkeypatch.setattr(ei.Server, "PAUSE", 0.001)
 
@@ -207,8 +208,6 @@ def test_every_worked_example_is_parsed_graded_and_accepted():
     ("PROBE: Which?\n(A) x\n(B) y\nREASONING: x.\nTYPE: choice\nANSWER: (A) x", None),
     ("PROBE: Which?\n(A) x of two or three words\n(B) y\nREASONING: x.\nTYPE: choice\n"
      "ANSWER: (A) x of two or three words", None),
-    ("DECLINE", "declined"), ("**DECLINE**", "declined"),
-    ("DECLINED: no premise to change", "declined"),
     ("", "unparsed: no PROBE line"), ("The answer is 15.", "unparsed: no PROBE line"),
     (GOOD.replace("TYPE: number\n", ""), "unparsed: no TYPE line"),
     (GOOD + "\n\n" + GOOD, "unparsed: several PROBE lines"),
@@ -237,6 +236,21 @@ def test_parsing_is_strict_and_says_why(reply, reason):
     else:
         with pytest.raises(ei.Rejected, match=f"^{re.escape(reason)}$"):
             ei.parse_reply(reply)
+
+
+@pytest.mark.parametrize("text, fault, reason", [
+    ("DECLINE", "", "declined"), ("**DECLINE**", "", "declined"),
+    ("DECLINED: no premise to change", "", "declined"),
+    ("", "refused: too long", "refused: too long"), ("", "", "unparsed: no PROBE line"),
+    (GOOD.replace("4 hens", "5 hens"), "", "duplicate"),
+    (GOOD.replace("?", ", of 15?"), "", "leaked"), (GOOD, "", None)])
+def test_each_rejection_is_an_outcome_of_the_report(text, fault, reason):
+    """A reader sought the reasons in five functions; one that the report lacks is not counted."""
+    try:
+        probe = ei.check_probe("R1", NUMBER_ROW | {"probes": []}, text, fault)
+        assert reason is None and probe["rule"] == "R1"
+    except ei.Rejected as rejected:
+        assert str(rejected) == reason and reason.partition(":")[0] in ei.OUTCOMES
 
 
 def garbled(rng):
@@ -361,17 +375,16 @@ def test_eq1_asks_the_question_behind_the_probe_as_turns():
 
 
 def test_a_cut_off_reply_passes_no_filter():
-    line, = ei.make_probes(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), "cut off")
-                                  for d in ds],
-                      [NUMBER_ROW], ["R1"])
-    assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: cut off"}]
-    line, = ei.make_probes(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), "cut off")
-                                  for d in ds],
-                      [NUMBER_ROW], ["R1"])
-    assert line["probes"][0]["consistent"] is False
+    cut = "unparsed: cut off"
+    line, = ei.make_probes(lambda ds: [(GOOD if "The kind" in d[0] else stated(15), cut)
+                                       for d in ds], [NUMBER_ROW], ["R1"])
+    assert line["rejected"] == [{"rule": "R1", "reason": cut}]
+    line, = ei.make_probes(lambda ds: [(GOOD, "") if "The kind" in d[0] else (stated(15), cut)
+                                       for d in ds], [NUMBER_ROW], ["R1"])
+    assert line["probes"][0]["consistent"] is False and line["rejected"] == []
     probe = {"consistent": True, "probe": "x", "answer": "1", "answer_type": "number"}
     line = {"probes": [probe], "rejected": []}
-    ei.apply_student_filter(lambda ds: [(stated(1), "cut off")], [line], 1)
+    ei.apply_student_filter(lambda ds: [(stated(1), cut)], [line], 1)
     assert probe["student_correct"] is False and not line["kept"]
 
 
@@ -398,7 +411,9 @@ def test_the_whole_stage_makes_the_test_data_again(run_ei, tmp_path):
     assert code == 0, err
     assert exgrpo.read_probes(tmp_path / "p.jsonl")[1] == ROWS
     table = out[out.index("probes   "):]
-    assert re.search(r"all +120 +12 +3 +3 +2 +8 +92 +53\n", table)
+    assert re.search(r"all +120 +0 +12 +3 +2 +3 +8 +92 +53\n", table)
+    assert all(re.search(rf"(?m)^{word} +{re.escape(what)}$", table)
+               for word, what in ei.OUTCOMES.items())
     assert re.search(r"no probe left +0  0.0 .*\ntoo hard +1  8.3 .*\ntoo easy +1 .*\n"
                      r"kept +10  83.3 \(55.2 - 95.3\)\n", table)
     assert f"{len(server.requests)} requests, {7 * len(server.requests):,} prompt tokens" in out
@@ -466,8 +481,8 @@ def test_sigkill_and_finish_equals_one_run(run_ei, server, tmp_path):
 
 def test_two_processes_on_one_output_are_refused(run_ei, server, tmp_path):
     pytest.importorskip("fcntl")
-    file, _ = ei.open_output(tmp_path / "p.jsonl", {}, [])
-    with file:
+    with open(tmp_path / "p.jsonl", "a+b") as file:
+        exgrpo.lock(file, "")
         code, _, err = run_ei(*flags(server, tmp_path / "p.jsonl"))
     assert code == 2 and "another ei.py is writing" in err
 
@@ -507,6 +522,34 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
         code, _, err = run_ei(*flags(server, path))
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and str(path) in err
         assert path.read_bytes() == content
+
+
+def test_another_chat_template_is_refused(tiny, monkeypatch, capsys, tmp_path):
+    """A tokenizer that was edited, or updated, on the way would mix two kinds of probes."""
+    path, models = tmp_path / "p.jsonl", {}
+    for name in ("teacher", "student"):
+        models[name] = shutil.copytree(tiny("qwen2"), tmp_path / name)
+
+    def run():
+        monkeypatch.setattr(sys, "argv", [
+            "ei.py", "--teacher", str(models["teacher"]), "--student", str(models["student"]),
+            "--data", QUESTIONS, "--limit", "1", "--max-new-tokens", "4", "--rules", "R1,R8",
+            "--out", str(path), "--device", "cpu"])
+        with pytest.raises(SystemExit) as end:
+            exgrpo.run(ei.main)
+        gc.collect()
+        return end.value.code or 0, capsys.readouterr().err
+    assert run()[0] == 0 and run()[0] == 0
+    before = path.read_bytes()
+    for folder in models.values():
+        template = folder / "chat_template.jinja"
+        text = template.read_text()
+        template.write_text("You are a helper." + text)
+        code, err = run()
+        assert code == 2 and "templates = '" in err and "chat templates" in err
+        assert path.read_bytes() == before
+        template.write_text(text)
+    assert run()[0] == 0
 
 
 def test_a_run_that_never_began_leaves_nothing_in_the_way(run_ei, server, tmp_path, monkeypatch):
@@ -621,10 +664,30 @@ def test_a_refused_request_costs_one_probe(run_ei, server, tmp_path, faults, rea
     code, out, err = run_ei(*flags(server, path), *ONE)
     assert code == 0 and server.faults == [], err
     line, = exgrpo.read_probes(path)[1]
-    assert line["rejected"] == [{"rule": "R1", "reason": "unparsed: refused by the server: "
-                                                         + reason}]
+    assert line["rejected"] == [{"rule": "R1", "reason": f"refused: {reason}"}]
     assert [probe["rule"] for probe in line["probes"]] == ["R3"]
-    assert f"1  unparsed: refused by the server: {reason}\n" in out and "1 refused" in out
+    assert f"1  refused: {reason}\n" in out and "1 refused" in out
+    assert re.search(r"all +2 +1 +0 +0 +0 +0 +0 +1 +0\n", out)
+
+
+def test_a_refusal_in_eq1_is_no_inconsistency(run_ei, server, tmp_path):
+    """Whether the probe is consistent was never asked: it counted as inconsistent."""
+    server.faults, path = [200, 200, 400], tmp_path / "p.jsonl"  # R1, R3, then Eq. 1 of R1
+    code, out, err = run_ei(*flags(server, path), *ONE)
+    assert code == 0 and server.faults == [], err
+    line, = exgrpo.read_probes(path)[1]
+    assert line["rejected"] == [{"rule": "R1", "reason": "refused: the context window is N"}]
+    assert [(p["rule"], p["consistent"]) for p in line["probes"]] == [("R3", True)]
+    assert re.search(r"all +2 +1 +0 +0 +0 +0 +0 +1 +0\n", out)
+
+
+def test_refusals_in_older_files_are_counted_as_such(run_ei, tmp_path):
+    """They stood there as unparsed replies."""
+    path, old = tmp_path / "p.jsonl", "unparsed: refused by the server: too long"
+    row = ROWS[0] | {"probes": [], "declined": [], "rejected": [{"rule": "R1", "reason": old}]}
+    path.write_bytes(b"".join(map(ei.dump, [{"ei": HEADER}, row])))
+    code, out, _ = run_ei("--report", path)
+    assert code == 0 and re.search(r"all +1 +1 +0 +0 .*\n", out) and "1  refused: too long\n" in out
 
 
 def test_a_server_that_refuses_everything_ends_the_run(run_ei, server, tmp_path):
@@ -683,7 +746,7 @@ def test_what_a_provider_broke_off_is_no_reply(run_ei, server, tmp_path):
     code, out, _ = run_ei(*flags(server, tmp_path / "p.jsonl"), *ONE)
     line, = exgrpo.read_probes(tmp_path / "p.jsonl")[1]
     assert code == 0 and "1 retries" in out and "7 hens" not in str(line["probes"])
-    assert line["rejected"][0]["reason"] == "unparsed: withheld by the server's content filter"
+    assert line["rejected"][0]["reason"] == "refused: withheld by the server's content filter"
 
 
 @pytest.mark.parametrize("base, path", [
@@ -708,8 +771,8 @@ def test_odd_replies_are_counted_not_fatal(run_ei, server, tmp_path):
     assert [one["reason"] for one in line["rejected"]] == [
         "unparsed: longer than 10,000 characters", "unparsed: no PROBE line",
         "unparsed: cut off by the token limit",
-        "unparsed: refused by the server: the context window is N",
-        "unparsed: refused by the server: longer than its context"]
+        "refused: the context window is N",
+        "refused: longer than its context"]
     assert line["probes"][0]["probe"].startswith("4 hens ?")  # half a character cannot be stored
     assert server.options == {"model": "dummy", "max_tokens": 512, "temperature": 0, "seed": 0,
                               "stream": False}
@@ -752,7 +815,7 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
     reasons = {one["reason"] for one in line["rejected"]}
     assert not end.value.code and len(line["rejected"]) == 2 and not line["kept"]
     assert reasons <= {"unparsed: cut off by the token limit",
-                       "unparsed: prompt too long for the model",
+                       "refused: prompt too long for the model",
                        "unparsed: no PROBE line"}
     out = capsys.readouterr().out
     assert re.search("no probe left +1 ", out)
@@ -918,6 +981,13 @@ def test_rows_without_gold_are_skipped_and_choices_of_tables_lettered():
     row = PUBLISHED["tabmwp"][0] | {"choices": ["pen", "cup"], "answer": "cup"}
     question, *rest = ei.read_row("tabmwp", row)
     assert question.endswith("How much?\n(A) pen\n(B) cup") and rest == ["B", "choice", "s"]
+
+
+def test_a_d_ei_file_gives_its_questions():
+    """As in evaluate.py: the five keys of a question, nothing of its probes."""
+    rows = ei.load_questions(os.path.join(HERE, "data", "probes.jsonl"), limit=3)
+    keys = "id", "question", "answer", "answer_type", "rationale"
+    assert rows == [{key: row[key] for key in keys} for row in ROWS[:3]]
 
 
 def test_without_the_package_or_the_network_one_line_says_so(run_ei, monkeypatch):

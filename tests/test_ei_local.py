@@ -48,7 +48,7 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_reply(loaded, monke
 
 class Neighbours:
     """A teacher whose every reply tells how many dialogues were asked beside it, and which."""
-    batch, align, about = 4, 4, "stub"
+    batch, align, about, chat = 4, 4, "stub", None
 
     def __init__(self, name, args):
         self.counts = {}

@@ -136,9 +136,12 @@ def test_markdown_leaves_out_what_nobody_asked_for():
     lines = evaluate.markdown(evaluate.report([row("a"), row("a", "R8")])).splitlines()
     assert "baseline" not in lines[0] and "pass@" not in lines[0]
     assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
-    sampled = [row("a") | {"samples": list("xyz"), "samples_correct": 1}]
-    assert "pass@2" in evaluate.markdown(evaluate.report(sampled))
-    assert evaluate.report(sampled)[0]["pass@2"] == pytest.approx(2 / 3)
+    samples = [{"output": text, "truncated": text == "z"} for text in "xyz"]
+    sampled = [row("a") | {"samples": samples, "samples_correct": 1}]
+    result, = evaluate.report(sampled)
+    header = evaluate.markdown([result]).splitlines()[0]
+    assert "pass@2" in header and "samples truncated" in header
+    assert (result["pass@2"], result["samples_truncated"]) == pytest.approx((2 / 3, 1 / 3))
 
 
 # ------------------------------------------------------------------------------ from model to files
@@ -194,19 +197,43 @@ def test_samples_stay_with_their_question(models, tmp_path, monkeypatch):
     """micro_batches puts the longest prompts first; replies must find their way back."""
     def echo(model, prompts, *, group_size=1, **_):
         return [prompt for prompt in prompts for _ in range(group_size)], None, None
+
     monkeypatch.setattr(exgrpo, "check_model", lambda model: None)  # it samples, too
 
     monkeypatch.setattr(exgrpo, "sample", echo)
     for answer in ask(models["llama"], PROBES, tmp_path / "out", "--limit", "2", "--samples", "3"):
         assert len(answer["samples"]) == 3
-        assert all(answer["question"] in text for text in answer["samples"])
+        assert all(answer["question"] in sample["output"] for sample in answer["samples"])
+
+
+def test_a_truncated_sample_states_nothing(models, tmp_path, monkeypatch):
+    """The answer 12, cut out of 1225, was paid in pass@k: greedy replies alone were looked at."""
+    data = write_jsonl(tmp_path / "one.jsonl", [question("q", "12")])
+    _, chat = exgrpo.load_model(models["llama"], "cpu")
+    whole, cut = chat.reply("The answer is 12."), chat.encode("The answer is 12")
+    monkeypatch.setattr(exgrpo, "check_model", lambda model: None)  # it samples, too
+    monkeypatch.setattr(exgrpo, "sample", lambda *_, **__: ([whole, cut], None, None))
+    scripted(monkeypatch, [("The answer is 12.", False, 5)])
+    answer, = ask(models["llama"], data, tmp_path / "out", "--samples", "2")
+    assert answer["samples"] == [{"output": "The answer is 12.", "truncated": False},
+                                 {"output": "The answer is 12", "truncated": True}]
+    assert answer["samples_correct"] == 1
+    [result] = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (result["pass@1"], result["pass@2"], result["samples_truncated"]) == (0.5, 1, 0.5)
+    stored = str(tmp_path / "out" / "outputs.jsonl")
+    [again] = evaluate.report(evaluate.read_outputs(stored))
+    assert again == result
+    older = answer | {"samples": [sample["output"] for sample in answer["samples"]]}
+    path = write_jsonl(tmp_path / "older.jsonl", [{"evaluate": {}}, older])
+    [result] = evaluate.report(evaluate.read_outputs(path))  # it does not tell what was truncated
+    assert result["pass@1"] == 1 and "samples_truncated" not in result
 
 
 def test_samples_follow_the_seed(models, tmp_path):
     def samples(name, seed):
         rows = ask(models["llama"], PROBES, tmp_path / name, "--limit", "1", "--samples", "4",
                    "--max-new-tokens", "8", "--seed", seed)
-        return [one["samples"] for one in rows]
+        return [[sample["output"] for sample in one["samples"]] for one in rows]
 
     first = samples("a", "5")
     assert first == samples("b", "5") != samples("c", "6")
@@ -274,6 +301,7 @@ def bad(tmp_path, models):
     write_jsonl(tmp_path / "other_gold.jsonl", [header, answers[0], answers[1] | {"answer": "5"}])
     write_jsonl(tmp_path / "no_output.jsonl", [header, answers[0] | {"output": None}])
     write_jsonl(tmp_path / "samples.jsonl", [header, answers[0] | {"samples": [1]}])
+    write_jsonl(tmp_path / "sample.jsonl", [header, answers[0] | {"samples": [{"output": 1}]}])
     write_jsonl(tmp_path / "no_answers.jsonl", [header])
     (tmp_path / "cut.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(answers[0])[:40])
     for name, text in (("no_kl", "step,reward\n1,0.5\n"), ("no_step", ",".join(METRICS) + "\n"),
@@ -308,12 +336,14 @@ METRICS = ["step", "reward", "acc_full", "acc_partial", "bonus_share", "kl", "re
     ("--compare {}/A.jsonl {}/good.jsonl", "good.jsonl:1: evaluate.py did not write this"),
     ("--compare {}/A.jsonl {}/no_output.jsonl", 'no_output.jsonl:2: "output"'),
     ("--compare {}/A.jsonl {}/samples.jsonl", 'samples.jsonl:2: "samples"'),
+    ("--compare {}/A.jsonl {}/sample.jsonl", 'sample.jsonl:2: "samples"'),
     ("--compare {}/A.jsonl {}/no_answers.jsonl", "no answer in it"),
     ("--compare {}/A.jsonl {}/cut.jsonl", "cut.jsonl:2: not JSON"),
     ("--compare {}/A.jsonl {}/nowhere.jsonl", "nowhere.jsonl"),
     ("--compare {}/A.jsonl {}/A.jsonl --curves {}", "not allowed with argument --compare"),
-    ("--curves {}/full", "cannot read"),
-    ("--curves {}/no_kl", "no_kl/metrics.csv:1: no column acc_full"),
+    ("--curves {}/full", "full/metrics.csv"),
+    ("--curves {}/no_kl", "no_kl/metrics.csv is not as this version of exgrpo.py writes it: "
+                          "KeyError('acc_full')"),
     ("--curves {}/no_step", "no step in it yet"),
     ("--curves {}/begun", "no step in it yet"),
 ])
@@ -351,19 +381,23 @@ def fake_run(folder, seed, steps, **settings):
     return str(folder)
 
 
+def curve(runs, name):
+    """What is drawn for these seeds: steps, mean, lowest and highest."""
+    return evaluate.band([evaluate.read_metrics(run)[name] for run in runs])
+
+
 def test_runs_of_one_setting_make_a_band(tmp_path):
     runs = [fake_run(tmp_path / "a0", 0, 60, delta=1), fake_run(tmp_path / "b0", 0, 4, delta=0),
             fake_run(tmp_path / "a1", 1, 50, delta=1)]
-    groups = evaluate.seeds_together(runs)
-    assert {label: len(tables) for label, tables in groups.items()} == {
-        "a0, n = 2": 2, "b0, n = 1": 1}
-    steps, middle, low, high = evaluate.band(groups["a0, n = 2"], "reward")    # a window of 50 / 25
-    assert steps.tolist() == list(range(2, 51))
-    assert low == pytest.approx(steps - 0.5) and high == pytest.approx(steps + 0.5)
-    assert middle == pytest.approx(steps)
-    steps, middle, _, _ = evaluate.band(groups["a0, n = 2"], "adv_partial_correct")
+    a0, b0, a1 = runs
+    assert evaluate.seeds_together(runs) == {f"{a0}, n = 2": [a0, a1], f"{b0}, n = 1": [b0]}
+    steps, middle, low, high = curve([a0, a1], "reward")                       # a window of 50 / 25
+    assert steps == list(range(2, 51))
+    assert low == pytest.approx(np.array(steps) - 0.5)
+    assert high == pytest.approx(np.array(steps) + 0.5) and middle == pytest.approx(steps)
+    steps, middle, _, _ = curve([a0, a1], "adv_partial_correct")
     assert middle == pytest.approx([0.3] * 49)                                  # nan is passed over
-    assert np.isnan(evaluate.band(groups["b0, n = 1"], "bonus_share")[1]).all()
+    assert np.isnan(curve([b0], "bonus_share")[1]).all()
 
 
 def test_each_seeds_own_warm_up_is_one_setting_and_equal_names_are_told_apart(tmp_path):
@@ -373,15 +407,36 @@ def test_each_seeds_own_warm_up_is_one_setting_and_equal_names_are_told_apart(tm
     runs = [fake_run(tmp_path / "a" / "run", 0, 2, student="SFT-0"),
             fake_run(tmp_path / "b" / "run", 1, 2, student="SFT-1"),
             fake_run(tmp_path / "c" / "run", 1, 2, student="SFT-0")]
-    assert {label: len(tables) for label, tables in evaluate.seeds_together(runs).items()} == {
-        f"{runs[0]}, n = 2": 2, f"{runs[2]}, n = 1": 1}
+    assert evaluate.seeds_together(runs) == {f"{runs[0]}, n = 2": runs[:2],
+                                             f"{runs[2]}, n = 1": runs[2:]}
 
 
 def test_a_run_of_one_step_and_without_settings_can_be_drawn(tmp_path):
     run = fake_run(tmp_path / "one", 3, 1)
     os.remove(tmp_path / "one" / "run.json")
-    [tables] = evaluate.seeds_together([run]).values()
-    assert [values.tolist() for values in evaluate.band(tables, "reward")] == [[1], [4], [4], [4]]
+    assert evaluate.seeds_together([run]) == {f"{run}, n = 1": [run]}
+    assert [list(values) for values in curve([run], "reward")] == [[1], [4], [4], [4]]
+
+
+def add_eval(run, table):
+    with open(os.path.join(run, "eval.json"), "w") as file:
+        json.dump(table, file)
+    return run
+
+
+def test_accuracies_over_the_steps_are_those_of_eval_json(tmp_path):
+    """From two steps on, in the order of steps; the student is a level line."""
+    run, steps = fake_run(tmp_path / "a", 0, 3), [0, 9, 80]
+    assert evaluate.read_eval(run) == {}
+    table = {"student": {"test": "0001", "end": "0000"}, "after SFT": {"test": "0011"},
+             "after step 80": {"test": "1111", "end": "0001"}, "after step 9": {"test": "0111"}}
+    assert evaluate.read_eval(add_eval(run, table)) == {
+        "test": (steps, [0.5, 0.75, 1]), "test, student": (steps, [0.25] * 3)}
+    del table["student"]
+    found, shares = evaluate.read_eval(add_eval(run, table))["test, student"]
+    assert found == steps and np.isnan(shares).all()
+    counts = {label: {"test": [3, 4]} for label in table}  # of older versions
+    assert evaluate.read_eval(add_eval(run, counts)) == {}
 
 
 def test_curves_are_drawn(tmp_path):
@@ -392,6 +447,36 @@ def test_curves_are_drawn(tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     with pytest.raises(exgrpo.UserError, match="exists already"):
         evaluate.main(["--curves", *runs, "--out", str(tmp_path / "out")])
+
+
+def test_accuracies_are_a_seventh_panel(tmp_path, monkeypatch):
+    """A line for each file and setting, dashed for the student; runs without it still draw."""
+    figures = pytest.importorskip("matplotlib.figure", reason="pip install matplotlib")
+    drawn, draw = [], figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig",
+                        lambda self, *args, **more: drawn.append(self) or draw(self, *args, **more))
+    runs = [fake_run(tmp_path / f"a{seed}", seed, 30, delta=1) for seed in (0, 1)]
+    runs += [fake_run(tmp_path / "b", 0, 30, delta=0), fake_run(tmp_path / "old", 0, 30, delta=2)]
+    table = {"student": {"test": "0001", "more": "0000"}, "after SFT": {"test": "0011"},
+             "after step 20": {"test": "0111", "more": "1000"},
+             "after step 30": {"test": "1111", "more": "1100"}}
+    add_eval(runs[0], table)
+    add_eval(runs[1], {label: {file: "0011" for file in found} for label, found in table.items()})
+    add_eval(runs[2], {label: {"test": found["test"]} for label, found in table.items()})
+    add_eval(runs[3], {label: {"test": [3, 4]} for label in table})
+    evaluate.main(["--curves", *runs, "--out", str(tmp_path / "1")])
+    evaluate.main(["--curves", runs[3], "--out", str(tmp_path / "2")])
+    assert [len(figure.axes) for figure in drawn] == [7, 6]
+    axes, = (axes for axes in drawn[0].axes if axes.get_title() == "accuracy")
+    lines = [(line.get_color(), line.get_marker(), line.get_linestyle(), list(line.get_xdata()),
+              list(line.get_ydata())) for line in axes.lines]
+    every, two = [0, 20, 30], [20, 30]
+    assert lines == [
+        ("C0", "o", "-", every, [0.5, 0.625, 0.75]), ("C0", "o", "--", every, [0.375] * 3),
+        ("C0", "s", "-", two, [0.375, 0.5]), ("C0", "s", "--", two, [0.25] * 2),
+        ("C1", "o", "-", every, [0.5, 0.75, 1]), ("C1", "o", "--", every, [0.25] * 3)]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [
+        "test", "test, student", "more", "more, student"]
 
 
 def test_curves_without_matplotlib_say_how_to_get_it(tmp_path, monkeypatch):
