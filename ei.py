@@ -633,10 +633,10 @@ def fetch(name: str, split: str):
 
 def load_questions(source: str, split: str = "train", limit: int | None = None) -> list[dict]:
     """The first `limit` questions of a .jsonl file, or of a split of one of the twelve DATASETS."""
-    keys, questions = ("id", "question", "answer", "answer_type", "rationale"), []
+    keys, questions = exgrpo.QUESTION, []
     if source.endswith(".jsonl"):
-        _, rows = exgrpo.read_probes(source, or_questions=True)
-        return [{key: row[key] for key in keys} for row in rows[:limit]]
+        rows = exgrpo.read_probes(source, or_questions=True)[1][:limit]
+        return [{key: row[key] for key in keys} for row in rows]
     if source not in DATASETS:
         raise UserError(f"--data {source}: neither a .jsonl file nor one of {', '.join(DATASETS)}")
     if split not in ("train", "test") or (source, split) == ("gsm8k_rev", "train"):
