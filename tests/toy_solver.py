@@ -68,7 +68,7 @@ def match(sentence, kinds):
 
 
 def read(text):
-    """-> (events, claims, question, {letter: option}); each of the first three is (kind, groups)."""
+    """-> (events, claims, question, {letter: option}). What is told or asked is (kind, groups)."""
     body, *options = text.split("\n")
     *sentences, question = re.split(r"(?<=[.?]) ", body)
     events, claims = [], []
@@ -84,7 +84,7 @@ def read(text):
 
 
 def play(events, hidden=None):
-    """-> ({who: how many}, what each friend gets or None, the thing). `hidden` stands for "some"."""
+    """-> ({who: how many}, what each friend gets or None, the thing). `hidden`: for "some"."""
     has, friend, things = {}, None, set()
 
     def number(word):
@@ -271,8 +271,8 @@ def share(part, whole):
 
 def table(found):
     found = found | {"all": sum(found.values(), [])}
-    print(f"{'rule':5}{'probes':>8}{'solved':>8}   wrong golds, %: {'all':>5}{'Eq. 1':>8}{'Eq. 2':>8}"
-          f"   Eq. 1 rejects, %: {'wrong':>6}{'right':>7}")
+    print(f"{'rule':5}{'probes':>8}{'solved':>8}   wrong golds, %: {'all':>5}{'Eq. 1':>8}"
+          f"{'Eq. 2':>8}   Eq. 1 rejects, %: {'wrong':>6}{'right':>7}")
     for rule, marks in found.items():
         solved = [mark for mark in marks if mark[0] is not None]
         wrong, right = ([mark for mark in solved if mark[0] is is_right]
