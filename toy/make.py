@@ -309,7 +309,7 @@ def write_data():
 
 LESSONS = {  # model: (its width, its lessons, steps in all, by Muon?)
     "student": (128, [student_lesson], 1800, False),
-    "teacher": (192, [first_teacher_lesson, second_teacher_lesson], 2400, True)}
+    "teacher": (192, [first_teacher_lesson, second_teacher_lesson], 2154, True)}
 
 
 def write_model(name):
