@@ -200,7 +200,7 @@ def test_a_prompt_read_once_has_the_gradient_of_the_trees():
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters()]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert gradients[0].norm() > 1e-3
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
 def test_sizes():

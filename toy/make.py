@@ -1,6 +1,6 @@
 """Makes toy/: word problems, a teacher and a student, all from a seed.
 
-    python toy/make.py     # MINUTES minutes, torch 2.9 or newer; remakes toy/, without its pictures
+    python toy/make.py     # about 50 minutes on two cores; remakes toy/, without its pictures
 
 The world of the problems is in world.py. Its ORACLE knows the probe of every rule: the teacher
 learns from it, and ei_test.jsonl is made of it.
