@@ -174,8 +174,7 @@ def make_prompt(rule: str, row: dict) -> list[str]:
 
 # ---------------------------------------------------------------------- probes and their filters
 
-# What becomes of a probe that a rule asks for, in the order of the checks. In D_EI, details may
-# follow the word: "unparsed: no TYPE line".
+# What becomes of a probe, in the order of the checks. Details may follow: "unparsed: no TYPE line".
 OUTCOMES = {
     "refused": "no reply: the server refuses the request, or the prompt is too long for the model",
     "declined": "the teacher replies that the rule does not fit the question",

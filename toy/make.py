@@ -1,19 +1,19 @@
-"""The toy world: word problems, a teacher and a student, all made from a seed.
+"""Makes toy/: word problems, a teacher and a student, all from a seed.
 
-    python toy/make.py     # 53 minutes, torch 2.9 or newer; remakes toy/, without its pictures
+    python toy/make.py     # about 50 minutes on two cores; remakes toy/, without its pictures
 
-A problem is a story: somebody has some things, one or two events change their number (gives, gets,
-finds, loses, buys bags, shares), and a question asks for the result. ORACLE knows the probe of
-every rule: the teacher learns from it, and ei_test.jsonl is made of it.
+The world of the problems is in world.py. Its ORACLE knows the probe of every rule: the teacher
+learns from it, and ei_test.jsonl is made of it.
 
-    teacher   1.0 M parameters: answers ei.py's real prompts, all probes and questions, with errors
+    teacher   1.5 M parameters: answers ei.py's real prompts, all probes and questions, with errors
     student   0.7 M parameters: has read forward problems only, mostly answered without reasoning if
               there are two events. It never saw a story told backwards, so it has the reversal
               curse, which `python evaluate.py` measures
 
-Train and test share no problem. The first two numbers of a test problem are one of TEST_PAIRS, its
-names are TEST_NAMES, and its two events may be a pair that no training question has (HELD_OUT). The
-student has read all names, events and sums, but no test pair of numbers inside a story.
+Train, val and test share no problem. The first two numbers of a test problem are one of TEST_PAIRS,
+its names are TEST_NAMES, and its two events may be a pair that no training question has (HELD_OUT).
+The student has read all names, events and sums, but no test pair of numbers inside a story.
+Settings are chosen on val, whose problems are drawn as those of test are.
 """
 import argparse
 import concurrent.futures
@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,203 +35,7 @@ sys.path.insert(0, ROOT)
 import ei  # noqa: E402
 import exgrpo  # noqa: E402
 import reward  # noqa: E402
-
-# ---------------------------------------------------------------------------------------- the world
-
-NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ida Jon Kim Leo Mia Ned Ola Pia".split()
-TEST_NAMES = "Quinn Rosa Sam Tara Uma Vera Will Zoe".split()
-THINGS = "apples pens coins shells cards books stamps beads nuts plums".split()
-EVENTS = {  # event: (operation, sentence, why the operation is right)
-    "gives": ("-", "{A} gives {n} {o} to {B}.", "{A} no longer has what {A} gives"),
-    "gets": ("+", "{B} gives {n} {o} to {A}.", "{A} now also has what {B} gives"),
-    "loses": ("-", "{A} loses {n} {o}.", "{A} no longer has what {A} loses"),
-    "finds": ("+", "{A} finds {n} {o}.", "{A} now also has what {A} finds"),
-    "buys": ("x", "{A} buys {n} bags with {v} {o} in each.", "every bag holds as many"),
-    "shares": ("/", "{A} shares all {o} equally among {n} friends.", "every friend gets as many")}
-HELD_OUT = {("finds", "gives"), ("finds", "gets"), ("gives", "finds"), ("gives", "loses"),
-            ("buys", "finds"), ("buys", "loses")}  # events that no training question joins
-FLIP = {"gives": "gets", "gets": "gives", "finds": "loses", "loses": "finds"}
-DO = {"+": "add", "-": "subtract", "x": "multiply by", "/": "divide by"}
-UNDO = {"+": "-", "-": "+", "x": "/", "/": "x"}
-APPLY = {"+": lambda v, n: v + n, "-": lambda v, n: v - n, "x": lambda v, n: v * n,
-         "/": lambda v, n: v // n if v % n == 0 else -1}
-
-
-class Problem(NamedTuple):
-    A: str          # who has the things
-    B: str          # who else is in the story
-    o: str          # the things
-    start: int      # how many at first (in each bag, if the first event is "buys")
-    events: tuple   # ((event, n), ...), one or two
-
-    def say(self, text, **numbers):
-        return text.format(A=self.A, B=self.B, o=self.o, **numbers)
-
-    def steps(self):
-        """(event, its operation, value before it, n, value after it) of every event."""
-        v, steps = self.start, []
-        for event, n in self.events:
-            w = APPLY[EVENTS[event][0]](v, n)
-            steps.append((event, EVENTS[event][0], v, n, w))
-            v = w
-        return steps
-
-    def result(self):
-        return self.steps()[-1][-1]
-
-    def first(self):
-        return self._replace(events=self.events[:1])
-
-    def shared(self):
-        return self.events[-1][0] == "shares"
-
-    def valid(self):
-        return all(1 <= x <= 20 for step in self.steps() for x in step[2:])
-
-    def story(self, hidden=False):
-        """The sentences of the story; hidden: without the number at first."""
-        v = "some" if hidden else self.start
-        told = [] if self.events[0][0] == "buys" else [self.say("{A} has {v} {o}.", v=v)]
-        return " ".join(told + [self.say(EVENTS[event][1], n=n, v=v) for event, n in self.events])
-
-    def reasoning(self):
-        return " ".join(
-            self.say(("Each friend gets" if event == "shares" else "{A} has")
-                     + " {v} {op} {n} = {w} {o}.", v=v, op=op, n=n, w=w)
-            for event, op, v, n, w in self.steps())
-
-    def forward(self):
-        """-> (question, rationale, answer type, answer), as all that follows."""
-        ask = ("How many {o} does each friend get?" if self.shared() else
-               "How many {o} does {A} have now?")
-        return f"{self.story()} {self.say(ask)}", self.reasoning(), "number", self.result()
-
-    def backward(self):
-        """The inverse question: the result is told, the number at first is asked for."""
-        told = "Each friend gets {w} {o}." if self.shared() else "Now {A} has {w} {o}."
-        ask = ("How many {o} are in each bag?" if self.events[0][0] == "buys" else
-               "How many {o} did {A} have at first?")
-        why = [self.say(("Each bag holds" if event == "buys" else "Before that {A} had")
-                        + " {w} {op} {n} = {v} {o}.", v=v, op=UNDO[op], n=n, w=w)
-               for event, op, v, n, w in self.steps()[::-1]]
-        return (f"{self.story(hidden=True)} {self.say(told, w=self.result())} {self.say(ask)}",
-                " ".join(why), "number", self.start)
-
-
-# A quarter of the pairs (number at first, number of the first event) belongs to the test problems.
-TEST_PAIRS = np.random.default_rng(0).random((21, 21)) < 0.25
-
-
-def draw(rng, names, test=False, n_events=None):
-    """A random problem with all its numbers in 1..20; test: its first two are one of TEST_PAIRS."""
-    while True:
-        A, B = map(str, rng.choice(names, 2, replace=False))
-        kinds = [str(rng.choice(list(EVENTS))) for _ in range(n_events or rng.integers(1, 3))]
-        if "buys" in kinds[1:] or "shares" in kinds[:-1]:
-            continue
-        start = int(rng.integers(2, 21))
-        ns = [int(rng.integers(2, 6 if kind in ("buys", "shares") else 10)) for kind in kinds]
-        problem = Problem(A, B, str(rng.choice(THINGS)), start, tuple(zip(kinds, ns)))
-        if TEST_PAIRS[start, ns[0]] == test and problem.valid():
-            return problem
-
-
-# ----------------------------------------------------------- the ten rules, as somebody knows them
-
-def pick(p, options):
-    """A free choice; it depends on the number at first alone, so that a small teacher learns it."""
-    return options[p.start % len(options)]
-
-
-def choose(p, question, right, *wrong):
-    """-> (the question with its options, the letter of the right one)."""
-    texts = [right, *wrong]
-    texts = texts[p.start % 3:] + texts[:p.start % 3]
-    return ei.lettered(question, texts, texts.index(right))[:2]
-
-
-def after(word):
-    """The next name, or the next thing, in its list."""
-    words = next(words for words in (NAMES, TEST_NAMES, THINGS) if word in words)
-    return words[(words.index(word) + 1) % len(words)]
-
-
-def counterfactual(p):
-    event, n = p.events[-1]
-    twin = p._replace(events=(*p.events[:-1], (FLIP.get(event), n)))
-    return twin.forward() if event in FLIP and twin.valid() else None
-
-
-def challenge(p):
-    event, op, _, n, _ = p.steps()[0]
-    claim = pick(p, [x for wrong in DO if wrong != op for x in (op, wrong)])
-    return (f"{p.story()} Somebody objects that one must {DO[claim]} {n}. Is the objection right?",
-            f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}.",
-            "yesno", "yes" if claim == op else "no")
-
-
-def decomposition(p):
-    return p.first().forward() if len(p.events) > 1 else None
-
-
-def why(p):
-    event, op, _, n, _ = p.steps()[0]
-    wrong = [p.say(EVENTS[e][2]) for e in ("gives", "gets", "buys", "shares") if EVENTS[e][0] != op]
-    probe, letter = choose(p, f"{p.first().story()} Why does one {DO[op]} {n}?",
-                           p.say(EVENTS[event][2]), *wrong[:2])
-    return probe, f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}.", "choice", letter
-
-
-def mechanism(p):
-    event, op, v, n, _ = p.steps()[0]
-    if event == "shares":
-        return (f"{p.story()} " + p.say("How many {o} does {A} have when each friend has one?"),
-                p.say("{A} has {v} - {n} = {w} {o}.", v=v, n=n, w=v - n), "number", v - n)
-    j = pick(p, range(1, n))
-    ask = "are in {j} of the bags" if event == "buys" else "does {A} have after the first {j}"
-    return (f"{p.first().story()} " + p.say("How many {o} %s?" % ask, j=j),
-            p.say("There are {v} {op} {j} = {w} {o}.", v=v, op=op, j=j, w=APPLY[op](v, j)),
-            "number", APPLY[op](v, j))
-
-
-def contrast(p):
-    event, n = p.events[0]
-    C = after(p.B) if after(p.B) != p.A else after(p.A)
-    twin = p._replace(A=C, events=((FLIP.get(event), n),))
-    if event not in FLIP or not twin.valid():
-        return None
-    more, less = (p.A, C) if p.first().result() > twin.result() else (C, p.A)
-    probe, letter = choose(p, f"{p.first().story()} {twin.story()} "
-                           + p.say("Who has more {o} now?"), more, less, "both the same")
-    return probe, f"{p.first().reasoning()} {twin.reasoning()}", "choice", letter
-
-
-def hypothesis(p):
-    claim = p.result() + pick(p, (0, 1, 0, 2, 0, 3))
-    who = "each friend gets" if p.shared() else "{A} now has"
-    return (f"{p.story()} Somebody says that {p.say(who)} {claim} {p.o}. Can that be right?",
-            p.reasoning(), "yesno", "yes" if claim == p.result() else "no")
-
-
-def transfer(p):
-    return p._replace(A=after(p.A), B=after(p.B), o=after(p.o)).forward()
-
-
-def cause(p):
-    event, v = p.events[0][0], p.start
-    if event == "shares":
-        return None
-    if event == "buys":
-        return (f"{p.first().story()} " + p.say("How many {o} does one more bag add?"),
-                p.say("Each bag holds {v} {o}.", v=v), "number", v)
-    k = pick(p, range(2, 7))
-    return (f"{p.first().story()} " + p.say("How many more {o} does {A} have now with {k} more {o} "
-                                            "at first?", k=k),
-            p.say("Every one more at first is one more now."), "number", k)
-
-
-ORACLE = {"R1": counterfactual, "R2": challenge, "R3": decomposition, "R4": why, "R5": mechanism,
-          "R6": contrast, "R7": hypothesis, "R8": Problem.backward, "R9": transfer, "R10": cause}
+from world import APPLY, DO, HELD_OUT, NAMES, ORACLE, TEST_NAMES, draw  # noqa: E402
 
 
 # ------------------------------------------------------------------------------ what is read of it
@@ -299,21 +102,38 @@ def teacher_talk(rng, chat):
     return exgrpo.teacher_dialogue(chat, turns)
 
 
-def teacher_dialogue(rng, chat):
-    """One of ei.py's prompts, answered for eight problems in turn; and talk, not to forget it."""
-    if rng.random() < 0.5:
-        return teacher_talk(rng, chat)
-    rule, dialogue = str(rng.choice(list(ORACLE))), exgrpo.Dialogue()
-    for turn in range(8):
-        problem = draw(rng, NAMES)
-        prompt, told = ei.make_prompt(rule, item(problem.forward())), ORACLE[rule](problem)
-        reply = ei.REPLY.format(ei.Example(*told[:3], str(told[3]))) if told else "DECLINE"
-        if turn == 0:  # the example's reply is no lesson
-            dialogue.add_user(chat.prompt(prompt))
-        else:
-            dialogue.add_user(chat.later(prompt[-1]))
-        dialogue.add_reply(chat.reply(reply), chat)
+def teacher_probe(rng, chat, rule, brief=False):
+    """The reply to ei.py's prompt; brief: to the rule's name in place of the instructions. Trained,
+    too, are the prompt's solution and result, which follow from the question."""
+    problem, dialogue = draw(rng, NAMES), exgrpo.Dialogue()
+    prompt, told = ei.make_prompt(rule, item(problem.forward())), ORACLE[rule](problem)
+    if brief:
+        prompt = [f"The kind of probe: {ei.RULES[rule].name}.\n\n{prompt[-1]}"]
+    dialogue.add_user(chat.prompt(prompt))
+    n = len(chat.encode(prompt[-1].partition("SOLUTION:")[2]))
+    dialogue.mask[-2 - n:-2] = [1] * n  # the turn's end and the reply's opening are behind it
+    dialogue.add_reply(chat.reply(ei.REPLY.format(ei.Example(*told[:3], str(told[3])))
+                                  if told else "DECLINE"), chat)
     return dialogue
+
+
+# A lesson is what one step learns: groups of dialogues. Those of a group may begin alike.
+
+def student_lesson(rng, chat):
+    return [[student_dialogue(rng, chat) for _ in range(8)]]
+
+
+def first_teacher_lesson(rng, chat):
+    """To copy and to calculate, for all ten rules, without the long instructions."""
+    return [[teacher_probe(rng, chat, rule, brief=True) for rule in 2 * list(ORACLE)]
+            + [teacher_talk(rng, chat) for _ in range(2)]]
+
+
+def second_teacher_lesson(rng, chat):
+    """ei.py's prompts as they are, of two rules."""
+    rules = rng.choice(list(ORACLE), 2, replace=False)
+    return [[teacher_probe(rng, chat, str(rule)) for _ in range(12)] for rule in rules] + [
+        [teacher_talk(rng, chat) for _ in range(3)]]
 
 
 # ------------------------------------------------------------------------- tokenizer and two models
@@ -321,13 +141,15 @@ def teacher_dialogue(rng, chat):
 WORD = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+ROPE = {"rope_type": "default", "rope_theta": 500.0}  # 10,000 is for longer texts
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 
 
 def all_texts():
     """Enough of what is said in this world to hold every word of it, with and without a space."""
     rng = np.random.default_rng(0)
-    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + " DECLINE declined"
+    yield ei.REPLY.format(ei.Example("x", "x", "x", "x")) + " declined"
+    yield "DECLINE"
     for sentence in reward.INSTRUCTION.values():
         yield f" The answer is x. {sentence}\n{sentence}"
     for rule in ei.RULES:
@@ -363,24 +185,70 @@ def make_model(tokenizer, width, layers, seed):
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
         num_hidden_layers=layers, num_attention_heads=width // 32, tie_word_embeddings=True,
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+        pad_token_id=tokenizer.pad_token_id, rope_parameters=ROPE))
 
 
-def pretrain(model, chat, dialogue, steps, batch, muon):
-    """`batch` fresh dialogues a step. By Muon the teacher, who has much to learn: it took half of
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon, but in fp32: CPUs without bf16 products took ten times as long by it."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                momentum.lerp_(w.grad, 0.05)
+                x = w.grad.lerp(momentum, 0.95)
+                x = x.T / x.norm() if x.shape[0] > x.shape[1] else x / x.norm()
+                for _ in range(5):  # Newton-Schulz: all singular values go to about 1
+                    xx = x @ x.T
+                    x = 3.4445 * x + (2.0315 * xx @ xx - 4.775 * xx) @ x
+                x = x if x.shape == w.shape else x.T
+                w.mul_(1 - 0.01 * group["lr"])
+                w.sub_(x, alpha=group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+
+
+def shared_backward(model, dialogues, weight):
+    """exgrpo.sft_backward of dialogues that begin with the same long prompt. It is read once, and
+    they all attend to its keys and values: much less work than in exgrpo's trees."""
+    n = len(os.path.commonprefix([dialogue.ids for dialogue in dialogues]))
+    cache = model.model(torch.tensor([dialogues[0].ids[:n]]), use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.keys = layer.keys.expand(len(dialogues), -1, -1, -1)
+        layer.values = layer.values.expand(len(dialogues), -1, -1, -1)
+    ids = exgrpo.pad_rows([dialogue.ids[n:] for dialogue in dialogues], "cpu")
+    keep = exgrpo.pad_rows([dialogue.mask[n:] for dialogue in dialogues], "cpu")[:, 1:].bool()
+    hidden = model.model(ids[:, :-1], past_key_values=cache).last_hidden_state
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[keep]), ids[:, 1:][keep])
+    (weight * loss).backward()
+    return float(loss.detach())
+
+
+def learn(model, groups):
+    """Adds the gradient of the mean NLL of all trained tokens; returns the mean NLL."""
+    args, loss = argparse.Namespace(micro_batch_tokens=1200, bf16=False), 0.0
+    counts = [sum(sum(dialogue.mask) for dialogue in group) for group in groups]
+    for group, count in zip(groups, counts):
+        weight = count / sum(counts)
+        alike = len(os.path.commonprefix([dialogue.ids for dialogue in group])) > 100
+        loss += weight * (shared_backward(model, group, weight) if alike else
+                          exgrpo.sft_backward(model, group, args, weight))
+    return loss
+
+
+def pretrain(model, chat, lessons, steps, muon):
+    """Each lesson gets as many steps. By Muon the teacher, who has much to learn: it took half of
     AdamW's steps to the same loss. The student by AdamW, which goes on with it in exgrpo.py."""
-    args = argparse.Namespace(micro_batch_tokens=8192, bf16=True)
     rng = np.random.default_rng(1)
     matrices = [w for w in model.model.layers.parameters() if w.ndim == 2] if muon else []
     others = [w for w in model.parameters() if not any(w is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01)]
     if muon:
-        optimizers.append(torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01))
+        optimizers.append(Muon(matrices, {"lr": 0.02}))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(  # up, level, down
         (step + 1) / 50, 1.0, 2.02 - 2 * step / steps)) for optimizer in optimizers]
-    with tqdm(range(steps), desc=dialogue.__name__) as bar:
+    with tqdm(range(steps)) as bar:
         for step in bar:
-            loss = exgrpo.sft_backward(model, [dialogue(rng, chat) for _ in range(batch)], args)
+            loss = learn(model, lessons[step * len(lessons) // steps](rng, chat))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for mover in optimizers + schedules:
                 mover.step()
@@ -395,13 +263,14 @@ def write(name, rows):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def problems(rng, n, names, test):
-    """n problems, no two with the same question."""
-    found = {}
+def problems(rng, n, names, test, others=()):
+    """n problems, no two with the same question, and none that `others` hold."""
+    found, known = {}, {problem.forward()[0] for problem in others}
     while len(found) < n:
         problem = draw(rng, names, test)
         if test or tuple(event for event, _ in problem.events) not in HELD_OUT:
-            found[problem.forward()[0]] = problem
+            if problem.forward()[0] not in known:
+                found[problem.forward()[0]] = problem
     return list(found.values())
 
 
@@ -409,41 +278,48 @@ def questions(name, told):
     return [{"id": f"{name}-{i}", **item(one)} for i, one in enumerate(told)]
 
 
+def write_tests(name, told, n_ei):
+    """The problems forwards, and told backwards, and ORACLE's probes of the first n_ei of them."""
+    write(f"{name}.jsonl", questions(name, [problem.forward() for problem in told]))
+    write(f"{name}_reversed.jsonl", questions(
+        f"{name}-reversed".removeprefix("test-"), [problem.backward() for problem in told]))
+    rows = questions(f"{name}-ei".removeprefix("test-"), [p.forward() for p in told[:n_ei]])
+    for row, problem in zip(rows, told):
+        row |= {"kept": True, "probes": [], "declined": []}
+        for rule, tell in ORACLE.items():
+            probe = tell(problem)
+            if probe is None:
+                row["declined"].append(rule)
+                continue
+            probe = item(probe)
+            row["probes"].append({"rule": rule, "probe": probe.pop("question"), **probe,
+                                  "consistent": True, "student_correct": None})
+    write(f"ei_{name}.jsonl", [{"ei": {"teacher": "toy/make.py"}}, *rows])
+
+
 def write_data():
     rng = np.random.default_rng(2)
     train = problems(rng, 480, NAMES, test=False)
     test = problems(rng, 600, TEST_NAMES, test=True)
+    val = problems(rng, 300, TEST_NAMES, test=True, others=test)
     write("train.jsonl", questions("train", [problem.forward() for problem in train]))
-    write("test.jsonl", questions("test", [problem.forward() for problem in test]))
-    write("test_reversed.jsonl", questions("reversed", [problem.backward() for problem in test]))
-    rows = questions("ei", [problem.forward() for problem in test[:75]])
-    for row, problem in zip(rows, test):
-        row |= {"kept": True, "probes": [], "declined": []}
-        for rule, tell in ORACLE.items():
-            told = tell(problem)
-            if told is None:
-                row["declined"].append(rule)
-                continue
-            probe = item(told)
-            row["probes"].append({"rule": rule, "probe": probe.pop("question"), **probe,
-                                  "consistent": True, "student_correct": None})
-    write("ei_test.jsonl", [{"ei": {"teacher": "toy/make.py"}}, *rows])
+    write_tests("test", test, n_ei=75)
+    write_tests("val", val, n_ei=40)
 
 
-LESSONS = {  # model: (its width, [(dialogues, steps, dialogues a step, by Muon?), ...])
-    "student": (128, [(student_dialogue, 1800, 8, False)]),
-    "teacher": (160, [(teacher_talk, 1200, 8, True), (teacher_dialogue, 2000, 4, True)])}
+LESSONS = {  # model: (its width, its lessons, steps in all, by Muon?)
+    "student": (128, [student_lesson], 1800, False),
+    "teacher": (192, [first_teacher_lesson, second_teacher_lesson], 2154, True)}
 
 
 def write_model(name):
     torch.set_num_threads(1)  # tiny matrices gain nothing from a second one
-    width, lessons = LESSONS[name]
+    width, *lessons = LESSONS[name]
     tokenizer = make_tokenizer(all_texts())
     model = make_model(tokenizer, width, layers=3, seed=0)
     chat = exgrpo.Chat(tokenizer, model)
     print(f"{name}: {model.num_parameters():,} parameters")
-    for lesson in lessons:
-        pretrain(model, chat, *lesson)
+    pretrain(model, chat, *lessons)
     os.makedirs(os.path.join(TOY, name), exist_ok=True)
     exgrpo.save_model(model, chat, os.path.join(TOY, name))
 
