@@ -691,8 +691,8 @@ ROW = {"id": "a", "question": "q?", "answer": "1", "answer_type": "number", "rat
     ([HEADER, ROW | {"kept": "yes"}], ["bad.jsonl:2", '"kept"']),
     ([HEADER, ROW | {"probes": [PROBE | {"probe": ""}]}], ["bad.jsonl:2", '"probe" is missing']),
     ([HEADER, ROW | {"probes": ["p?"]}], ["bad.jsonl:2", "probe"]),
-    ([HEADER, ROW | {"kept": False}], ["0 of its 1 questions"]),
-    ([HEADER, ROW | {"probes": [PROBE | {"consistent": False}]}], ["0 of its 1 questions"]),
+    ([HEADER, ROW | {"kept": False}], ["0 of 1 questions"]),
+    ([HEADER, ROW | {"probes": [PROBE | {"consistent": False}]}], ["0 of 1 questions"]),
 ])
 def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp_path, lines,
                                                   saying):
