@@ -33,8 +33,8 @@ Where the paper is silent or ambiguous, we chose:
     to probes are paid for (the paper's R_base): --credit, see reply_advantages.
  3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step. KL is k3, per token.
- 5. Dialogues of advantage 0 are not forwarded. Their KL term is left out, and their tokens count
-    in the divisor of Eq. 7.
+ 5. Dialogues whose replies all have advantage 0 are not forwarded. Their KL term is left out, and
+    their tokens count in the divisor of Eq. 7.
  6. Eq. 8 trains the teacher's reply at every probe turn, and not the final turn. It is a mean over
     tokens, where the paper has a sum.
  7. A reply that is truncated by the token limit is wrong, whatever it says.
@@ -111,8 +111,8 @@ def policy_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.T
     """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
 
     logps, old_logps, ref_logps, mask (B, T); advantages, one a dialogue (B,) or one a token (B, T).
-    (update has T-1 columns: column t is about token t+1.) Sums are divided by n_tokens: the trained
-    tokens of the whole step if these rows are a micro-batch of it; by default, those of mask.
+    (In update there are T-1 columns: column t is about token t+1.) Sums are divided by n_tokens: the
+    trained tokens of the whole step, if these rows are a micro-batch; by default, those of mask.
     Returns the loss and detached stats (kl, clip_share).
     """
     mask = mask.bool()
@@ -223,7 +223,8 @@ def reply_advantages(chat: Chat, played: Rollout, advantages: torch.Tensor, args
                       prefix in both roles, once with each advantage.
     --credit turn     The last reply gets its dialogue's advantage. A reply to a probe is paid for
                       its own answer, normalised over the group's G replies to this probe. Replies
-                      that a fork has copied get 0: they are trained in the full dialogue.
+                      that a fork has copied get 0 (they are trained in the full dialogue); only
+                      their KL counts here.
     """
     G, credited = advantages.shape[2], []
     for dialogues, of_group in zip((played.full, played.partial), advantages.tolist()):
@@ -399,7 +400,8 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
             if args.eval_every and (step + 1) % args.eval_every == 0:
                 evaluate_checkpoint(args, f"after step {step + 1}", policy.eval(), chat, tests)
             end_step(args, "ExGRPO", step + 1, args.steps, policy, optimizer)
-    evaluate_checkpoint(args, f"after step {args.steps}", policy.eval(), chat, tests)
+    if args.steps:
+        evaluate_checkpoint(args, f"after step {args.steps}", policy.eval(), chat, tests)
     save_model(policy, chat, args.out)
 
 
@@ -443,7 +445,7 @@ def rollout_metrics(chat: Chat, played: Rollout, outcomes, rewards, advantages, 
 
 def log_step(args, chat: Chat, played: Rollout, credit: list, paid: bool, metrics: dict) -> None:
     """Logs a row of metrics.csv, and the first dialogue of the step and its partial twin as text.
-    Beside each reply stand its verdict and the advantage of its tokens. paid: their bonus is."""
+    Beside each reply stand its verdict and the advantage of its tokens. paid: the bonus was."""
     append_csv(os.path.join(args.out, "metrics.csv"), {name: metrics[name] for name in METRICS})
     row, probes = played.questions[0], played.probes[0]
     text = f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
@@ -1012,14 +1014,14 @@ class LoRA(nn.Module):
 
 def add_lora(model, rank: int, alpha: float, bf16: bool = False):
     """Freezes the model and wraps every linear layer below the loss head."""
-    adapted = 0
+    adapted, total = 0, model.num_parameters()
     for name, layer in list(freeze(model, bf16).base_model.named_modules()):
         if type(layer) is nn.Linear:
             model.base_model.set_submodule(name, LoRA(layer, rank, alpha))
             adapted += layer.weight.numel()
     if not adapted:
         raise UserError(f"--lora-rank: {type(model).__name__} has no linear layer to adapt")
-    print(f"LoRA     on linear layers, {adapted / model.num_parameters():.0%} of the weights")
+    print(f"LoRA     on linear layers, {adapted / total:.0%} of the weights")
 
 
 @torch.no_grad()
@@ -1158,11 +1160,11 @@ def lock(file, busy: str):
         pass  # Windows, or a file system without locks
 
 
+# Flags that may change in a resumed run; the content of --probes is hashed.
 MAY_CHANGE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_limit",
-              "eval_every", "micro_batch_tokens", "gradient_checkpointing")  # in a resumed run;
-                                                               # the content of --probes is hashed
-ADDED = {"credit": "outcome", "rl_data": "dialogues", "sft_form": "single"}  # what runs of older
-                                                                             # versions did
+              "eval_every", "micro_batch_tokens", "gradient_checkpointing")
+# What runs of older versions did, which had no such flags.
+ADDED = {"credit": "outcome", "rl_data": "dialogues", "sft_form": "single"}
 LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # written by each stage
 
 
@@ -1284,32 +1286,32 @@ def parse_args():
     add("--out", default="runs/exgrpo", help="folder of the run, new or empty unless --resume")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = parser.add_argument_group("the method").add_argument
-    add("--turns", type=natural, help="k, probes in a full dialogue; 0: plain GRPO; None: 5, or 0 "
+    add("--turns", type=natural, help="k, probes in a full dialogue; 0: plain GRPO; None: 1, or 0 "
         "where --rl-data is not dialogues")
     add("--group-size", type=at_least(2), default=8, help="G, dialogues per question and scenario")
     add("--partial", choices=["forked", "independent"], default="forked",
         help="partial dialogues: forked from the full ones, or sampled apart")
     add("--advantage", choices=["added", "separate", "pooled"], default="added",
         help="how the bonus enters the group's advantages")
-    add("--credit", choices=["outcome", "turn"], default="outcome", help="what a reply to a probe "
-        "is paid for: the dialogue's last answer, or its own")
+    add("--credit", choices=["outcome", "turn"], help="what a reply to a probe is paid for: the "
+        "dialogue's last answer, or its own; None: turn, where there are probes")
     add("--rl-data", choices=["dialogues", "probes", "both"], default="dialogues",
         help="what is sampled: dialogues; single probes, each paid for its own answer (the paper's "
         "baseline RL (R_outcome)); or single probes and questions")
     add("--delta", type=size, default=0.5, help="the bonus, Eq. 5, in units of reward; 0: none")
     add("--nu", type=at_least(1, float), default=1.0, help="margin of the bonus, Eq. 5")
-    add("--beta", type=size, default=0.04, help="weight of the KL penalty, Eq. 7")
+    add("--beta", type=size, default=0.01, help="weight of the KL penalty, Eq. 7")
     add("--epsilon", type=positive, default=0.2, help="clip range, Eq. 7")
     add("--aux-weight", type=size, default=0.01, help="weight of the SFT loss, Eq. 8")
     add("--sft-epochs", type=natural, default=3, help="warm-up, Eq. 3; 0: a cold start")
-    add("--sft-form", choices=["single", "dialogue"], default="single",
-        help="an example of the warm-up: one probe or question, or a dialogue of 1 to k + 1")
+    add("--sft-form", choices=["single", "dialogue"], help="an example of the warm-up: one probe or "
+        "question, or a dialogue of 1 to k + 1; None: dialogue, where there are probes")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=natural, default=60, help="ExGRPO steps")
-    add("--questions-per-step", type=count, default=4, help="Q, questions in a step")
+    add("--steps", type=natural, default=160, help="ExGRPO steps")
+    add("--questions-per-step", type=count, default=12, help="Q, questions in a step")
     add("--updates", type=count, default=1, help="updates per step on the same samples")
-    add("--lr", type=positive, help="of AdamW in ExGRPO; None: 1e-6 * 3584 / width, LoRA: times 10")
-    add("--sft-lr", type=positive, help="of the warm-up; None: 5 times the default of --lr")
+    add("--lr", type=positive, help="of AdamW in ExGRPO; None: 3.5e-6 * 3584 / width, LoRA: * 10")
+    add("--sft-lr", type=positive, help="of the warm-up; None: 2e-5 * 3584 / width, LoRA: * 10")
     add("--sft-batch-size", type=count, default=16, help="examples in a step of the warm-up")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
     add("--max-new-tokens", type=count, default=256, help="longest reply, tokens")
@@ -1330,11 +1332,13 @@ def parse_args():
     add("--eval-limit", type=count, default=600, help="questions or probes of each file")
     args = parser.parse_args()
     if args.turns is None:
-        args.turns = 5 if args.rl_data == "dialogues" else 0
+        args.turns = int(args.rl_data == "dialogues")
     if args.turns and args.rl_data != "dialogues":
         raise UserError(f"--rl-data {args.rl_data} samples single turns: leave --turns out")
-    if not args.turns and args.credit == "turn":
-        raise UserError("--credit turn pays replies to probes, and without --turns there are none")
+    if not args.turns and (args.credit == "turn" or args.sft_form == "dialogue"):
+        raise UserError("--credit turn and --sft-form dialogue need probes: --turns 1 or more")
+    args.credit = args.credit or ("turn" if args.turns else "outcome")
+    args.sft_form = args.sft_form or ("dialogue" if args.turns else "single")
     if args.eval is None:  # the toy's tests say nothing about another student
         args.eval = TOY_TESTS if os.path.abspath(args.student) == TOY_STUDENT else []
     return args
@@ -1360,7 +1364,10 @@ def load_eval(args) -> dict:
     for path in args.eval:
         rows = [item for row in read_probes(path, True)[1] for item in row.get("probes", [row])
                 if item.get("consistent", True)]
-        tests[os.path.basename(path).removesuffix(".jsonl")] = rows[:args.eval_limit]
+        name = os.path.basename(path).removesuffix(".jsonl")
+        if not rows or name in tests:
+            raise UserError(f"--eval {path}: no question in it, or another file of this name")
+        tests[name] = rows[:args.eval_limit]
     return tests
 
 
@@ -1378,23 +1385,23 @@ def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> Non
     """Asks tests, as load_eval() gave them, greedily, and adds the verdicts to OUT/eval.json. What
     is there already is not asked again."""
     table = read_eval(args)
-    sizes = {name: len(verdicts) for name, verdicts in table.get(label, {}).items()}
-    if sizes == {name: len(rows) for name, rows in tests.items()}:
-        return
-    table[label] = {}
+    known = table.setdefault(label, {})
     for name, rows in tests.items():
+        if len(known.get(name, "")) == len(rows):
+            continue
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             replies = generate(model, chat, [chat.first(user_turn(row)) for row in rows],
                                max_new_tokens=args.max_new_tokens)
-        table[label][name] = "".join(
+        known[name] = "".join(
             "01"[not truncated and reward.is_correct(text, row["answer"], row["answer_type"])]
             for (text, truncated, _), row in zip(replies, rows))
-    write_whole(os.path.join(args.out, "eval.json"), json.dumps(table, indent=1).encode())
+    if tests:
+        write_whole(os.path.join(args.out, "eval.json"), json.dumps(table, indent=1).encode())
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided McNemar test -> p. If a and b were equally good, then whose question it is,
-    among those that only one of them gets right, would be decided by a fair coin."""
+    """Exact two-sided McNemar test -> p. If a and b were equally good, a fair coin would decide
+    which of the two gets a question right that only one of them does."""
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2 ** n)
@@ -1402,6 +1409,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 def difference(after: str, before: str) -> str:
     """What two models' verdicts on the same questions differ by, per cent, and p."""
+    if len(after) != len(before):
+        return "-"
     pairs = list(zip(after, before))
     gained, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
     return f"{100 * (gained - lost) / len(after):+.1f} (p = {mcnemar(gained, lost):.1g})"
@@ -1410,15 +1419,17 @@ def difference(after: str, before: str) -> str:
 def print_summary(args):
     """The accuracies before and after, what reinforcement added, and what to do next."""
     table = read_eval(args)
+    names = list([*table.values()][-1]) if table else []
     if table:
-        print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in [*table.values()][0]))
+        print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
     for label, found in table.items():
-        shares = [reward.share(verdicts.count("1"), len(verdicts)) for verdicts in found.values()]
-        print(f"{label:23}" + "".join(f"{share:>22}" for share in shares))
-    sft, end = (table.get(label, {}) for label in ("after SFT", f"after step {args.steps}"))
-    if sft and args.steps and sft.keys() == end.keys():
-        print(f"{'ExGRPO - SFT':23}" + "".join(f"{difference(end[name], sft[name]):>22}"
-                                               for name in end))
+        verdicts = [found.get(name, "") for name in names]
+        print(f"{label:23}" + "".join(f"{reward.share(x.count('1'), len(x)):>22}"
+                                      for x in verdicts))
+    sft, end = (table.get(label) for label in ("after SFT", f"after step {args.steps}"))
+    if sft and end:
+        print(f"{'ExGRPO - SFT':23}" + "".join(
+            f"{difference(end[name], sft.get(name, '')):>22}" for name in names))
     data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
           f"next: python evaluate.py --model {args.out} --baseline {args.student}{data}\n"
@@ -1430,9 +1441,9 @@ def main():
     device, questions, tests = pick_device(args.device), load_training_data(args), load_eval(args)
     model, chat = load_model(args.student, device)
     # Adam moves every weight by about the learning rate, so a layer's output moves in proportion
-    # to its width. Rates usual for 7B models (width 3584) are scaled. LoRA takes ten times as much.
+    # to its width. Rates for 7B models (width 3584) are scaled. LoRA takes ten times as much.
     scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
-    args.lr, args.sft_lr = args.lr or 1e-6 * scale, args.sft_lr or 5e-6 * scale
+    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 2e-5 * scale
     chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))

@@ -9,8 +9,9 @@ p of the t-test. Seeds vary the order, the draws and the samples; all start from
 Arms that begin after SFT on EI share one warm-up a seed. A finished run is not repeated: the same
 command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
 
-The results, OUT/*.json, are a line each and name no folder. tests/data/ablation.jsonl holds those
-behind README.md's tables: --known takes them as they are and runs only what is missing.
+The results, OUT/*.json, are a line each with every verdict, and name no folder. Those behind
+toy/README.md's table are in tests/data/ablation.jsonl: --known takes them as they are and runs only
+what is missing.
 """
 import concurrent.futures
 import hashlib
@@ -71,19 +72,19 @@ def unfiltered(rows, rng):
         if (row["id"], probe["rule"]) in taken]} for row in able]
 
 
+# As near to the paper's words as it can be told. It gives no values: they are ours.
 PAPER = ["--turns", "5", "--credit", "outcome", "--questions-per-step", "4", "--steps", "60",
-         "--lr", "2.8e-5", "--beta", "0.04", "--aux-weight", "0.01"]  # and our guesses where it
-                                                                      # gives no value
+         "--partial", "independent", "--lr", "2.8e-5", "--beta", "0.04"]
 WARM = "SFT"  # where arms with None in place of their data begin
-ALONE = ["--turns", "0", "--questions-per-step", "36"]  # as many replies a step as the recipe's
+ALONE = ["--questions-per-step", "36"]  # as many replies a step as the default's
 ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     WARM: (as_it_is, ["--steps", "0"]),
     "ExGRPO": (None, []),
     "outcome credit": (None, ["--credit", "outcome"]),
-    "GRPO on questions": (None, ALONE),
-    "RL (R_outcome)": (None, ["--rl-data", "probes", *ALONE[2:]]),  # the paper's baseline
-    "RL (R_outcome) + L_aux": (None, ["--rl-data", "probes", *ALONE[2:], "--aux-weight", "0.1"]),
-    "GRPO on probes and questions": (None, ["--rl-data", "both", *ALONE[2:]]),
+    "GRPO on questions": (None, ["--turns", "0", *ALONE]),
+    "RL (R_outcome)": (None, ["--rl-data", "probes", "--aux-weight", "0", *ALONE]),  # the paper's
+    "RL (R_outcome) + L_aux": (None, ["--rl-data", "probes", "--aux-weight", "0.1", *ALONE]),
+    "GRPO on probes and questions": (None, ["--rl-data", "both", *ALONE]),
     "no bonus": (None, ["--delta", "0"]),
     "bonus separate": (None, ["--advantage", "separate"]),
     "bonus pooled": (None, ["--advantage", "pooled"]),
@@ -103,7 +104,7 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "25 % of the data": (part(0.25), []),
     "unfiltered probes": (unfiltered, []),
     "SFT, forward only": (forward_only, ["--steps", "0"]),
-    "SFT as dialogues": (as_it_is, ["--sft-form", "dialogue", "--steps", "0"]),
+    "SFT, single turns": (as_it_is, ["--sft-form", "single", "--steps", "0"]),
     "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
     # One rule's probes, SFT only, as in the paper.
     **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES}}

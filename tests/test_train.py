@@ -23,7 +23,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 PROBES = os.path.join(HERE, "data", "probes.jsonl")
 SMALL = ["--probes", PROBES, "--group-size", "3", "--turns", "2", "--questions-per-step", "2",
-         "--max-new-tokens", "8", "--device", "cpu", "--sft-lr", "1e-3", "--lr", "1e-3"]
+         "--max-new-tokens", "8", "--device", "cpu", "--sft-lr", "1e-3", "--lr", "1e-3",
+         "--sft-form", "single"]
 
 
 def call(monkeypatch, *flags, expect=0):
@@ -488,7 +489,8 @@ def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_pat
     assert go(1, "--eval", a) == 2                            # before and after
     assert go(1, "--eval", a, "--resume") == 0
     assert go(2, "--eval", a, "--resume") == 1                # the model has changed
-    assert go(2, "--eval", a, b, "--resume") == 4             # the questions have
+    assert go(2, "--eval", a, b, "--resume") == 2             # one file is new
+    assert go(2, "--resume") == 0 and go(2, "--eval", a, "--resume") == 0
     assert go(2, "--eval", a, b, "--resume", "--eval-limit", 2) == 4 and set(asked) == {2}
 
 
@@ -626,7 +628,8 @@ def test_several_probes_files(monkeypatch, tiny, tmp_path):
 
 def test_a_run_from_before_a_flag_existed_goes_on(monkeypatch, capsys, tiny, tmp_path):
     """It did what the flag's default does; another value is another run."""
-    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--out", tmp_path / "run"]
+    flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--out", tmp_path / "run",
+             "--credit", "outcome"]
     call(monkeypatch, *flags, "--steps", 1)
     path = tmp_path / "run" / "run.json"
     old = {name: value for name, value in json.loads(path.read_text()).items()
@@ -651,6 +654,7 @@ def test_reward_rises(monkeypatch, tiny, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     call(monkeypatch, "--student", tiny("llama"), "--probes", path, "--out", tmp_path / "run",
          "--device", "cpu", "--turns", 1, "--group-size", 8, "--questions-per-step", 2,
+         "--sft-form", "single", "--credit", "outcome",
          "--max-new-tokens", 22, "--sft-epochs", 150, "--sft-batch-size", 4, "--sft-lr", 5e-3,
          "--steps", 30, "--lr", 1e-3, "--aux-weight", 0, "--save-every", 1000)
     right = [(float(row["acc_full"]) + float(row["acc_partial"])) / 2
@@ -713,6 +717,9 @@ def test_a_bad_probes_file_is_named_with_its_line(monkeypatch, capsys, tiny, tmp
     (["--unknown"], ["--unknown"]),
     (["--probes", "missing.jsonl"], ["missing.jsonl"]),
     (["--credit", "turn", "--turns", 0], ["--credit turn", "--turns"]),
+    (["--sft-form", "dialogue", "--turns", 0], ["--sft-form dialogue", "--turns"]),
+    (["--eval", os.devnull], ["--eval", "no question"]),
+    (["--eval", PROBES, PROBES], ["--eval", "of this name"]),
     (["--rl-data", "probes", "--turns", 1], ["--rl-data probes", "--turns"]),
     (["--rl-data", "probes", "--credit", "turn"], ["--credit turn", "--turns"]),
     (["--resume"], ["holds no run", "new --out"]),
