@@ -111,8 +111,8 @@ def policy_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.T
     """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
 
     logps, old_logps, ref_logps, mask (B, T); advantages, one a dialogue (B,) or one a token (B, T).
-    (In update there are T-1 columns: column t is about token t+1.) Sums are divided by n_tokens: the
-    trained tokens of the whole step, if these rows are a micro-batch; by default, those of mask.
+    (In update, column t of T-1 is about token t+1.) Sums are divided by n_tokens: the trained tokens
+    of the whole step, if these rows are a micro-batch of it; by default, those of mask.
     Returns the loss and detached stats (kl, clip_share).
     """
     mask = mask.bool()
@@ -1304,7 +1304,7 @@ def parse_args():
     add("--epsilon", type=positive, default=0.2, help="clip range, Eq. 7")
     add("--aux-weight", type=size, default=0.01, help="weight of the SFT loss, Eq. 8")
     add("--sft-epochs", type=natural, default=3, help="warm-up, Eq. 3; 0: a cold start")
-    add("--sft-form", choices=["single", "dialogue"], help="an example of the warm-up: one probe or "
+    add("--sft-form", choices=["single", "dialogue"], help="an example of the warm-up: a probe or "
         "question, or a dialogue of 1 to k + 1; None: dialogue, where there are probes")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=natural, default=160, help="ExGRPO steps")
