@@ -111,8 +111,8 @@ def policy_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.T
     """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
 
     logps, old_logps, ref_logps, mask (B, T); advantages, one a dialogue (B,) or one a token (B, T).
-    (In update, column t of T-1 is about token t+1.) Sums are divided by n_tokens: the trained tokens
-    of the whole step, if these rows are a micro-batch of it; by default, those of mask.
+    (update: T-1 columns, column t is about token t+1.) Sums are divided by n_tokens: the trained
+    tokens of the whole step, if these rows are a micro-batch of it; by default, those of mask.
     Returns the loss and detached stats (kl, clip_share).
     """
     mask = mask.bool()

@@ -9,9 +9,8 @@ p of the t-test. Seeds vary the order, the draws and the samples; all start from
 Arms that begin after SFT on EI share one warm-up a seed. A finished run is not repeated: the same
 command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
 
-The results, OUT/*.json, are a line each with every verdict, and name no folder. Those behind
-toy/README.md's table are in tests/data/ablation.jsonl: --known takes them as they are and runs only
-what is missing.
+The results, OUT/*.json, are a line each with every verdict, and name no folder. --known takes them
+from a file and runs only what is missing.
 """
 import concurrent.futures
 import hashlib

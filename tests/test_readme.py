@@ -180,19 +180,6 @@ def test_the_worked_diff_applies_and_changes_the_bonus():
     assert changed.dsu_bonus(*outcomes[::-1], 0.5, 1) == 0.0
 
 
-def test_the_ablation_tables_are_those_of_the_recorded_runs(monkeypatch, capsys, tmp_path):
-    """Each command, as written, runs nothing and prints what stands below it."""
-    page = PAGES["toy/README.md"]
-    known = [command for command in commands(page) if "ablation.py --known" in command]
-    monkeypatch.setattr(ablation.subprocess, "run", None)
-    monkeypatch.chdir(ROOT)
-    for command in known:
-        monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--out", str(tmp_path)])
-        ablation.main()
-        assert f"```\n{capsys.readouterr().out}```" in page
-    assert len(known) == 2
-
-
 def test_each_known_bug_has_its_tests_and_each_test_file_its_line():
     """The list of D1 to D30 names tests; the docstring of each names the number."""
     page, stories = PAGES["tests/README.md"], {}
