@@ -1307,7 +1307,7 @@ def parse_args():
     add("--sft-form", choices=["single", "dialogue"], help="an example of the warm-up: a probe or "
         "question, or a dialogue of 1 to k + 1; None: dialogue, where there are probes")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=natural, default=160, help="ExGRPO steps")
+    add("--steps", type=natural, default=120, help="ExGRPO steps")
     add("--questions-per-step", type=count, default=12, help="Q, questions in a step")
     add("--updates", type=count, default=1, help="updates per step on the same samples")
     add("--lr", type=positive, help="of AdamW in ExGRPO; None: 3.5e-6 * 3584 / width, LoRA: * 10")
