@@ -807,7 +807,7 @@ def test_another_run_is_never_overwritten(monkeypatch, capsys, tiny, tmp_path):
     capsys.readouterr()
     fails(monkeypatch, capsys, *flags, saying=["--resume", "new --out"])
     fails(monkeypatch, capsys, *flags, "--resume", "--beta", 0.5, "--lora-rank", 2,
-          saying=["beta", "0.04", "0.5", "lora_rank"])
+          saying=["beta", "0.01", "0.5", "lora_rank"])
     fails(monkeypatch, capsys, *flags, "--resume", "--steps", 0, saying=["1 steps are done"])
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
