@@ -1430,9 +1430,10 @@ def print_summary(args):
     if sft and end:
         print(f"{'ExGRPO - SFT':23}" + "".join(
             f"{difference(end[name], sft.get(name, '')):>22}" for name in names))
+    student = os.path.relpath(args.student) if os.path.isdir(args.student) else args.student
     data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
-          f"next: python evaluate.py --model {args.out} --baseline {args.student}{data}\n"
+          f"next: python evaluate.py --model {args.out} --baseline {student}{data}\n"
           f"      python evaluate.py --curves {args.out}")
 
 
