@@ -174,11 +174,11 @@ def hidden_number(events, claims):
 
 def partly(events, kind, n):
     """What the owner has when the only event has happened to n things, or in n bags."""
-    (_, groups), *event = events
+    (first, groups), *event = events
     if kind == "bags":
-        need(not event and int(n) <= int(groups[1]))
+        need(first == "buys" and not event and int(n) <= int(groups[1]))
         return int(n) * int(groups[2])
-    need(len(event) == 1 and event[0][0] in ("gives", "loses", "finds"))
+    need(first == "has" and len(event) == 1 and event[0][0] in ("gives", "loses", "finds"))
     need(int(n) <= int(event[0][1][1]))
     _, done = operation(events, event[0][1][1])
     return int(groups[1]) + (int(n) if done == "add" else -int(n))

@@ -1,6 +1,6 @@
 """Makes toy/: word problems, a teacher and a student, all from a seed.
 
-    python toy/make.py     # about 50 minutes on two cores; remakes toy/, without its pictures
+    python toy/make.py     # an hour or so on two cores; remakes toy/, without its pictures
 
 The world of the problems is in world.py. Its ORACLE knows the probe of every rule: the teacher
 learns from it, and ei_test.jsonl is made of it.
@@ -141,7 +141,7 @@ def second_teacher_lesson(rng, chat):
 WORD = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-ROPE = {"rope_type": "default", "rope_theta": 500.0}  # 10,000 is for longer texts
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 
 
