@@ -315,15 +315,14 @@ def read_metrics(run):
         raise UserError(f"{path} is not as this version of exgrpo.py writes it: {error!r}")
 
 
-def read_eval(run):
+def read_accuracies(run):
     """RUN/eval.json, if it is there -> {file: (steps, shares of right answers)}, step 0 being after
     SFT, and {"FILE, student": the same}, a level line, for the student before SFT."""
-    path, shares, curves = os.path.join(run, "eval.json"), collections.defaultdict(dict), {}
-    table = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
-    for label, found in table.items():  # student, after SFT, after step 40, ...
+    shares, curves = collections.defaultdict(dict), {}
+    for label, found in exgrpo.read_eval(run).items():  # student, after SFT, after step 40, ...
         step = int({"student": -1, "after SFT": 0}.get(label, label.split()[-1]))
         for file, verdicts in found.items():
-            if verdicts and isinstance(verdicts, str):  # older versions wrote counts
+            if verdicts:
                 shares[file][step] = verdicts.count("1") / len(verdicts)
     for file, found in shares.items():
         student, steps = found.pop(-1, math.nan), sorted(found)
@@ -368,7 +367,7 @@ def draw_curves(runs, path):
         raise UserError("--curves needs matplotlib, which is not installed: pip install matplotlib")
     groups = seeds_together(runs).items()
     metrics = {label: [read_metrics(run) for run in group] for label, group in groups}
-    evals = {label: [read_eval(run) for run in group] for label, group in groups}
+    evals = {label: [read_accuracies(run) for run in group] for label, group in groups}
     files = list(dict.fromkeys(name for seeds in evals.values() for name in seeds[0]))
     figure = Figure(figsize=(18 if files else 12, 6.5), layout="constrained")
     places = figure.subplot_mosaic("ABCG;DEFG" if files else "ABC;DEF")

@@ -31,7 +31,8 @@ Where the paper is silent or ambiguous, we chose:
     paper words it). The fork point k' is uniform on 0..k-1, drawn once a question.
  2. What a group is: --advantage added, separate or pooled, see dialogue_advantages. What replies
     to probes are paid for (the paper's R_base): --credit, see reply_advantages.
- 3. The warm-up also trains on the original question. A question with fewer than k probes uses all.
+ 3. The warm-up also trains on the original question, and by default in dialogues (--sft-form). A
+    question with fewer than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step. KL is k3, per token.
  5. Dialogues whose replies all have advantage 0 are not forwarded. Their KL term is left out, and
     their tokens count in the divisor of Eq. 7.
@@ -319,8 +320,9 @@ def optimizer_step(model, optimizer) -> float:
 
 
 def sft_examples(question: dict, args, rng) -> list:
-    """A question and its probes, in lists: --sft-form single, one in each; dialogue, in random
-    order and 1 to k + 1 in each, the question behind the probes of its list."""
+    """The examples of the warm-up that a question gives: lists of rows, each list one dialogue.
+    --sft-form single: one probe, or the question. dialogue: 1 to k + 1 of them in random order; the
+    question is the last of its dialogue."""
     rows, examples = [question, *question["probes"]], []
     if args.sft_form == "single":
         return [[row] for row in rows]
@@ -445,24 +447,23 @@ def rollout_metrics(chat: Chat, played: Rollout, outcomes, rewards, advantages, 
 
 def log_step(args, chat: Chat, played: Rollout, credit: list, paid: bool, metrics: dict) -> None:
     """Logs a row of metrics.csv, and the first dialogue of the step and its partial twin as text.
-    Beside each reply stand its verdict and the advantage of its tokens. paid: the bonus was."""
+    Beside each reply stand its verdict and the advantage of its tokens. paid: whether the bonus
+    was paid for this question."""
     append_csv(os.path.join(args.out, "metrics.csv"), {name: metrics[name] for name in METRICS})
     row, probes = played.questions[0], played.probes[0]
-    text = f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
-    text += "bonus paid\n" if paid else "no bonus\n"
+    text = (f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
+            f"{'bonus paid' if paid else 'no bonus'}\n")
     twins = [("full", played.full[0], credit[0])]
     if played.partial:
         twins.append(("partial", played.partial[0], credit[len(played.full)]))
     for name, dialogue, advantages in twins:
+        rows, end = [*probes[:len(dialogue.replies) - 1], row], 0
         text += f"---- {name}\n"
-        end = 0
         for turn, (start, ids) in enumerate(zip(dialogue.starts, dialogue.replies)):
-            last = turn == len(dialogue.replies) - 1
-            right = is_right(chat, dialogue, turn, row if last else probes[turn])
-            text += (chat.tokenizer.decode(dialogue.ids[end:start])
-                     + f"\n[{'right' if right else 'wrong'}, advantage {advantages[turn]:+.2f}] ")
+            verdict = "right" if is_right(chat, dialogue, turn, rows[turn]) else "wrong"
+            text += (f"{chat.tokenizer.decode(dialogue.ids[end:start])}\n[{verdict}, advantage "
+                     f"{advantages[turn]:+.2f}] {chat.tokenizer.decode(ids)}\n")
             end = start + len(ids)
-            text += chat.tokenizer.decode(ids) + "\n"
     with open(os.path.join(args.out, "dialogues.txt"), "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
@@ -1325,7 +1326,7 @@ def parse_args():
     add("--save-every", type=count, default=20, help="steps between checkpoints")
     add("--seed", type=natural, default=0, help="of the data order, the forks and the samples")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    add = parser.add_argument_group("the table at the end").add_argument
+    add = parser.add_argument_group("accuracy, in the table at the end").add_argument
     add("--eval", nargs="*", metavar="FILE", help="question or D_EI files (.jsonl), asked greedily "
         "before SFT, after it and at the end; None: the toy's, for the toy's student only")
     add("--eval-every", type=natural, default=0, help="ask them every so many steps, too; 0: don't")
@@ -1371,12 +1372,12 @@ def load_eval(args) -> dict:
     return tests
 
 
-def read_eval(args) -> dict:
-    """OUT/eval.json: {label: {file: a "0" or "1" for each question}}."""
-    path = os.path.join(args.out, "eval.json")
+def read_eval(run: str) -> dict:
+    """The eval.json of a run's folder: {label: {file: a "0" or "1" for each question}}."""
+    path = os.path.join(run, "eval.json")
     if not os.path.exists(path):
         return {}
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return {label: found for label, found in json.load(file).items()
                 if all(isinstance(verdicts, str) for verdicts in found.values())}  # once: counts
 
@@ -1384,7 +1385,7 @@ def read_eval(args) -> dict:
 def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> None:
     """Asks tests, as load_eval() gave them, greedily, and adds the verdicts to OUT/eval.json. What
     is there already is not asked again."""
-    table = read_eval(args)
+    table = read_eval(args.out)
     known = table.setdefault(label, {})
     for name, rows in tests.items():
         if len(known.get(name, "")) == len(rows):
@@ -1395,7 +1396,6 @@ def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> Non
         known[name] = "".join(
             "01"[not truncated and reward.is_correct(text, row["answer"], row["answer_type"])]
             for (text, truncated, _), row in zip(replies, rows))
-    if tests:
         write_whole(os.path.join(args.out, "eval.json"), json.dumps(table, indent=1).encode())
 
 
@@ -1418,7 +1418,7 @@ def difference(after: str, before: str) -> str:
 
 def print_summary(args):
     """The accuracies before and after, what reinforcement added, and what to do next."""
-    table = read_eval(args)
+    table = read_eval(args.out)
     names = list([*table.values()][-1]) if table else []
     if table:
         print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))

@@ -6,7 +6,7 @@
 Below the means stand each arm's differences from --against, paired by seed: mean, 95 % interval and
 p of the t-test. Seeds vary the order, the draws and the samples; all start from one student.
 
-Arms that begin after SFT on EI share one warm-up a seed. A finished run is not repeated: the same
+Arms that change neither the data nor the warm-up share one warm-up a seed. A finished run is not repeated: the same
 command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
 
 The results, OUT/*.json, are a line each with every verdict, and name no folder. --known takes them

@@ -427,16 +427,16 @@ def add_eval(run, table):
 def test_accuracies_over_the_steps_are_those_of_eval_json(tmp_path):
     """From two steps on, in the order of steps; the student is a level line."""
     run, steps = fake_run(tmp_path / "a", 0, 3), [0, 9, 80]
-    assert evaluate.read_eval(run) == {}
+    assert evaluate.read_accuracies(run) == {}
     table = {"student": {"test": "0001", "end": "0000"}, "after SFT": {"test": "0011"},
              "after step 80": {"test": "1111", "end": "0001"}, "after step 9": {"test": "0111"}}
-    assert evaluate.read_eval(add_eval(run, table)) == {
+    assert evaluate.read_accuracies(add_eval(run, table)) == {
         "test": (steps, [0.5, 0.75, 1]), "test, student": (steps, [0.25] * 3)}
     del table["student"]
-    found, shares = evaluate.read_eval(add_eval(run, table))["test, student"]
+    found, shares = evaluate.read_accuracies(add_eval(run, table))["test, student"]
     assert found == steps and np.isnan(shares).all()
     counts = {label: {"test": [3, 4]} for label in table}  # of older versions
-    assert evaluate.read_eval(add_eval(run, counts)) == {}
+    assert evaluate.read_accuracies(add_eval(run, counts)) == {}
 
 
 def test_curves_are_drawn(tmp_path):
