@@ -6,7 +6,7 @@ After "Probing to Refine: Reinforcement Distillation of LLMs via Explanatory Inv
 arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugging Face folder.
 
     warm_up     stage 2: SFT on every probe and question; the result, OUT/sft, is pi_ref     Eq. 3
-    reinforce   stage 3, a step: rollout, compute_rewards, dialogue_advantages,
+    reinforce   stage 3, a step: rollout, grade, compute_rewards, dialogue_advantages,
                 reply_advantages, update                                             Eqs. 4-8
 
     paper                  here                               flag            shape or unit
@@ -14,7 +14,7 @@ arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugg
     Q_aug, R_aug, A_aug    probe, rationale, answer           --probes        its "probes"
     k, k', G               turns, forks, group_size           --turns, --group-size
     pi_theta, pi_ref       policy, reference                  --student
-    R_outcome   (Eq. 4)    is_right, outcomes                                 (2, Q, G)
+    R_outcome   (Eq. 4)    grade, outcomes                                    (2, Q, G)
     r_dsu       (Eq. 5)    reward.dsu_bonus                   --delta, --nu   reward
     R_total     (Eq. 6)    reward.total_rewards, rewards                      (2, Q, G)
     U           (Eq. 7)    advantages, credit                 --advantage, --credit
@@ -27,16 +27,15 @@ of a group (in (2, Q, G) first the full ones, then the partial ones), N trained 
 the KV cache, H heads, D width, R rows of P places.
 
 Where the paper is silent or ambiguous, we chose:
- 1. A partial dialogue is forked from the full one (--partial independent: sampled apart, as the
-    paper words it). The fork point k' is uniform on 0..k-1, drawn once a question.
- 2. What a group is: --advantage added, separate or pooled, see dialogue_advantages. What replies
-    to probes are paid for (the paper's R_base): --credit, see reply_advantages.
- 3. The warm-up also trains on the original question, and by default in dialogues (--sft-form). A
-    question with fewer than k probes uses all.
+ 1. A partial dialogue is forked from the full one (--partial independent: sampled apart). The fork
+    point k' is uniform on 0..k-1, drawn once a question.
+ 2. What a group is: dialogue_advantages. What a reply to a probe is paid for: reply_advantages.
+ 3. The warm-up also trains on the question, and in dialogues: sft_examples. A question with fewer
+    than k probes uses all.
  4. Eq. 7 is averaged over all trained tokens of the step. KL is k3, per token.
- 5. Dialogues whose replies all have advantage 0 are not forwarded. Their KL term is left out, and
-    their tokens count in the divisor of Eq. 7.
- 6. Eq. 8 trains the teacher's reply at every probe turn, and not the final turn. It is a mean over
+ 5. Dialogues whose replies all have advantage 0 are not forwarded: no KL, but their tokens count in
+    the divisor of Eq. 7.
+ 6. Eq. 8 trains the teacher's reply at every probe turn, not the final turn, and is a mean over
     tokens, where the paper has a sum.
  7. A reply that is truncated by the token limit is wrong, whatever it says.
  8. The values of delta, nu, the weight of Eq. 8 and the learning rates (see main) are ours.
@@ -194,31 +193,38 @@ def sample_dialogues(model, chat: Chat, scripts: list, args, generator,
     return full, partial
 
 
-def is_right(chat: Chat, dialogue: Dialogue, turn: int, row: dict) -> bool:
-    """Does the reply of this turn state the answer of row? A truncated reply states nothing."""
-    return not dialogue.truncated[turn] and reward.is_correct(
-        chat.decode(dialogue.replies[turn]), row["answer"], row["answer_type"])
+def grade(chat: Chat, played: Rollout) -> list:
+    """Does each reply state the answer to its turn? A truncated reply states nothing.
+
+    For each full and then each partial dialogue a list of bools, one a reply.
+    """
+    G, right = len(played.full) // len(played.questions), []
+    for b, dialogue in enumerate(played.full + played.partial):
+        q = b % len(played.full) // G
+        rows = [*played.probes[q][:len(dialogue.replies) - 1], played.questions[q]]
+        right.append([
+            not truncated and reward.is_correct(chat.decode(ids), row["answer"], row["answer_type"])
+            for ids, truncated, row in zip(dialogue.replies, dialogue.truncated, rows)])
+    return right
 
 
-def compute_rewards(chat: Chat, played: Rollout, delta: float,
-                    nu: float) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_rewards(right: list, args) -> tuple[torch.Tensor, torch.Tensor]:
     """R_outcome (Eq. 4) and R_total (Eqs. 5 and 6) of full and then partial dialogues, (2, Q, G).
 
-    Only a dialogue's last reply counts. With --turns 0 there is no bonus, and shapes are (1, Q, G).
+    Of grade()'s verdicts only a dialogue's last counts. With --turns 0 there is no bonus, and
+    shapes are (1, Q, G).
     """
-    G = len(played.full) // len(played.questions)
-    right = [is_right(chat, dialogue, -1, played.questions[b // G])                 # Eq. 4
-             for dialogues in (played.full, played.partial) for b, dialogue in enumerate(dialogues)]
-    outcomes = torch.tensor(right, dtype=torch.float64).view(-1, len(played.questions), G)
-    if not played.partial:
+    last = torch.tensor([verdicts[-1] for verdicts in right], dtype=torch.float64)  # Eq. 4
+    outcomes = last.view(2 if args.turns else 1, -1, args.group_size)
+    if args.turns == 0:
         return outcomes, outcomes
-    totals = [reward.total_rewards(full, partial, delta, nu)                        # Eqs. 5 and 6
+    totals = [reward.total_rewards(full, partial, args.delta, args.nu)              # Eqs. 5 and 6
               for full, partial in zip(*outcomes.tolist())]
     return outcomes, torch.tensor(totals, dtype=torch.float64).transpose(0, 1)
 
 
-def reply_advantages(chat: Chat, played: Rollout, advantages: torch.Tensor, args) -> list:
-    """Advantages of dialogues (2, Q, G) -> those of their replies: a list for each dialogue.
+def reply_advantages(right: list, advantages: torch.Tensor, args) -> list:
+    """Advantages of dialogues (2, Q, G) -> those of their replies, in the form of grade()'s right.
 
     --credit outcome  Every reply gets its dialogue's advantage. A forked pair trains its common
                       prefix in both roles, once with each advantage.
@@ -228,18 +234,13 @@ def reply_advantages(chat: Chat, played: Rollout, advantages: torch.Tensor, args
                       their KL counts here.
     """
     G, credited = advantages.shape[2], []
-    for dialogues, of_group in zip((played.full, played.partial), advantages.tolist()):
-        copied = dialogues is played.partial and args.partial == "forked"
-        for q, last in enumerate(of_group):
-            group = dialogues[q * G:(q + 1) * G]
-            turns = [last] * len(group[0].replies)  # a list of G advantages for each turn
-            if args.credit == "turn" and len(turns) > 1:
-                right = [[not copied and is_right(chat, dialogue, turn, probe)
-                          for dialogue in group]
-                         for turn, probe in enumerate(played.probes[q][:len(turns) - 1])]
-                own = torch.tensor(right, dtype=torch.float64).view(-1, G)
-                turns[:-1] = group_advantages(own).tolist()
-            credited += zip(*turns)
+    for i, last in enumerate(advantages.flatten(0, 1).tolist()):  # a group, full or partial
+        own = torch.tensor(right[i * G:(i + 1) * G], dtype=torch.float64).T         # (turns, G)
+        turns = [last] * len(own)  # a list of G advantages for each turn
+        if args.credit == "turn" and len(turns) > 1:
+            copied = i >= advantages.shape[1] and args.partial == "forked"
+            turns[:-1] = group_advantages(own[:-1] * (not copied)).tolist()
+        credited += zip(*turns)
     return credited
 
 
@@ -247,8 +248,8 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
            args) -> dict:
     """One step of Eq. 7 plus Eq. 8, `--updates` times over the same samples -> metrics.
 
-    advantages: for each dialogue a list, one a reply, for all tokens of the reply. `with
-    reference() as ref` gives pi_ref. teacher: the dialogues of Eq. 8.
+    advantages: for each dialogue a list, one a reply, for all tokens of the reply. reference:
+    pi_ref; under LoRA it is the policy itself, its adapters off. teacher: the dialogues of Eq. 8.
     """
     n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, also for those that are dropped
     chosen = [b for b in range(len(dialogues)) if any(advantages[b])]
@@ -263,8 +264,8 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
             mask = trees.mask[:, 1:]                                                # (B, T-1)
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
                 if first_update and args.beta > 0:
-                    with torch.no_grad(), reference() as ref:
-                        ref_logps.append(tree_logprobs(ref, trees, args.temperature))
+                    with torch.no_grad(), adapters_off():
+                        ref_logps.append(tree_logprobs(reference, trees, args.temperature))
                 logps = tree_logprobs(policy, trees, args.temperature)              # (B, T-1)
             if first_update:  # the weights are still those that sampled
                 old_logps.append(logps.detach())
@@ -384,20 +385,21 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
             policy.eval()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 played = rollout(policy, chat, [questions[i] for i in batch], args, step)
-            outcomes, rewards = compute_rewards(chat, played, args.delta, args.nu)  # Eqs. 4-6
+            right = grade(chat, played)
+            outcomes, rewards = compute_rewards(right, args)                        # Eqs. 4-6
             advantages = dialogue_advantages(outcomes, rewards, args.advantage)     # (2, Q, G)
-            credit = reply_advantages(chat, played, advantages, args)
+            credit = reply_advantages(right, advantages, args)
             teacher = [teacher_dialogue(chat, drawn or [row])
                        for drawn, row in zip(played.probes, played.questions)
                        if drawn or "probe" in row]
             policy.train(args.gradient_checkpointing)  # checkpointing works in train mode only
             metrics = update(policy, reference, optimizer, played.full + played.partial, credit,
                              teacher, args)                                         # Eqs. 7 and 8
-            metrics |= rollout_metrics(chat, played, outcomes, rewards, advantages, args)
+            metrics |= rollout_metrics(chat, played, right, outcomes, rewards, advantages, args)
             metrics |= {"step": step + 1, "seconds": time.perf_counter() - started}
             metrics["tokens_per_s"] = metrics["sampled_tokens"] / metrics["seconds"]
             paid = bool((rewards > outcomes)[0, 0].any())
-            log_step(args, chat, played, credit, paid, metrics)
+            log_step(args, chat, played, right, credit, paid, metrics)
             bar.set_postfix_str(BAR.format(**metrics))
             if args.eval_every and (step + 1) % args.eval_every == 0:
                 evaluate_checkpoint(args, f"after step {step + 1}", policy.eval(), chat, tests)
@@ -422,47 +424,42 @@ BAR = ("reward {reward:.2f} full {acc_full:.2f} partial {acc_partial:.2f} kl {kl
        "clip {clip_share:.3f} {tokens_per_s:.0f} tok/s")
 
 
-def rollout_metrics(chat: Chat, played: Rollout, outcomes, rewards, advantages, args) -> dict:
+def rollout_metrics(chat: Chat, played: Rollout, right, outcomes, rewards, advantages,
+                    args) -> dict:
     """The columns of metrics.csv that describe a rollout."""
     def mean(values):
         values = np.asarray(values, dtype=float)
         return float(values.mean()) if values.size else float("nan")
-    G, full, partial = args.group_size, outcomes[0], outcomes[1:]                   # (., Q, G)
+    full, partial = outcomes[0], outcomes[1:]                                       # (., Q, G)
     replies = [len(ids) for dialogue in played.full for ids in dialogue.replies]
     fresh = -1 if args.partial == "forked" else 0  # a fork's earlier replies are copies
     n_sampled = sum(replies) + sum(len(ids) for d in played.partial for ids in d.replies[fresh:])
-    probes_right = [is_right(chat, dialogue, turn, probe) for b, dialogue in enumerate(played.full)
-                    for turn, probe in enumerate(played.probes[b // G])]
-    unread = [reward.extract_answer(chat.decode(dialogue.replies[-1]),
-                                    played.questions[b // G]["answer_type"]) is None
-              for b, dialogue in enumerate(played.full)]
+    unread = [reward.extract_answer(chat.decode(dialogue.replies[-1]), row["answer_type"]) is None
+              for row, dialogue in zip(np.repeat(played.questions, args.group_size), played.full)]
     return {"reward": mean(rewards), "acc_full": mean(full), "acc_partial": mean(partial),
-            "acc_probes": mean(probes_right),
-            "bonus_share": mean([(rewards[0] > full).any(1).tolist() for _ in partial]),
+            "acc_probes": mean([x for found in right[:len(played.full)] for x in found[:-1]]),
+            "bonus_share": mean((rewards > outcomes)[0].any(1)) if args.turns else float("nan"),
             "adv_partial_correct": mean(advantages[1:][partial > 0]),
             "truncated": mean([d.truncated[-1] for d in played.full]), "unparsed": mean(unread),
             "zero_variance": mean(outcomes.amax(-1) == outcomes.amin(-1)),
             "reply_tokens": mean(replies), "sampled_tokens": n_sampled}
 
 
-def log_step(args, chat: Chat, played: Rollout, credit: list, paid: bool, metrics: dict) -> None:
+def log_step(args, chat: Chat, played: Rollout, right: list, credit: list, paid: bool,
+             metrics: dict) -> None:
     """Logs a row of metrics.csv, and the first dialogue of the step and its partial twin as text.
-    Beside each reply stand its verdict and the advantage of its tokens. paid: whether the bonus
-    was paid for this question."""
+    Beside each reply stand its verdict and the advantage of its tokens. paid: the bonus was."""
     append_csv(os.path.join(args.out, "metrics.csv"), {name: metrics[name] for name in METRICS})
-    row, probes = played.questions[0], played.probes[0]
+    row, twins = played.questions[0], [("full", 0), ("partial", len(played.full))]
     text = (f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
             f"{'bonus paid' if paid else 'no bonus'}\n")
-    twins = [("full", played.full[0], credit[0])]
-    if played.partial:
-        twins.append(("partial", played.partial[0], credit[len(played.full)]))
-    for name, dialogue, advantages in twins:
-        rows, end = [*probes[:len(dialogue.replies) - 1], row], 0
-        text += f"---- {name}\n"
-        for turn, (start, ids) in enumerate(zip(dialogue.starts, dialogue.replies)):
-            verdict = "right" if is_right(chat, dialogue, turn, rows[turn]) else "wrong"
-            text += (f"{chat.tokenizer.decode(dialogue.ids[end:start])}\n[{verdict}, advantage "
-                     f"{advantages[turn]:+.2f}] {chat.tokenizer.decode(ids)}\n")
+    for name, b in twins[:1 + bool(played.partial)]:
+        dialogue, end, text = (played.full + played.partial)[b], 0, text + f"---- {name}\n"
+        for start, ids, is_right, advantage in zip(dialogue.starts, dialogue.replies, right[b],
+                                                   credit[b]):
+            text += (f"{chat.tokenizer.decode(dialogue.ids[end:start])}\n"
+                     f"[{'right' if is_right else 'wrong'}, advantage {advantage:+.2f}] "
+                     f"{chat.tokenizer.decode(ids)}\n")
             end = start + len(ids)
     with open(os.path.join(args.out, "dialogues.txt"), "a", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -981,11 +978,11 @@ def load_policy(args, source, device, lr):
 
 
 def load_reference(args, policy, source):
-    """-> reference: `with reference() as ref` gives pi_ref, the policy as loaded from source."""
-    if args.lora_rank or args.beta == 0:  # with beta 0 it is never asked for
-        return lambda: adapters_off(policy)
-    pi_ref = freeze(load_model(source, policy.device)[0], args.bf16)
-    return lambda: contextlib.nullcontext(pi_ref)
+    """pi_ref: the model as loaded from source. Under LoRA, the policy with its adapters off is the
+    same and needs no second copy; with beta 0 none is asked."""
+    if args.lora_rank or args.beta == 0:
+        return policy
+    return freeze(load_model(source, policy.device)[0], args.bf16)
 
 
 def freeze(model, bf16: bool):
@@ -1036,10 +1033,9 @@ def merge_lora(model):
 
 
 @contextlib.contextmanager
-def adapters_off(model):
-    """Under LoRA, pi_ref is the policy with its adapters off: no second copy in memory."""
+def adapters_off():
     LoRA.enabled = False
-    yield model
+    yield
     LoRA.enabled = True
 
 
@@ -1374,12 +1370,12 @@ def load_eval(args) -> dict:
 
 def read_eval(run: str) -> dict:
     """The eval.json of a run's folder: {label: {file: a "0" or "1" for each question}}."""
-    path = os.path.join(run, "eval.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return {label: found for label, found in json.load(file).items()
-                if all(isinstance(verdicts, str) for verdicts in found.values())}  # once: counts
+    path, table = os.path.join(run, "eval.json"), {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            table = json.load(file)
+    return {label: found for label, found in table.items()
+            if all(isinstance(verdicts, str) for verdicts in found.values())}  # once: counts
 
 
 def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> None:

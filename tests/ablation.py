@@ -6,8 +6,9 @@
 Below the means stand each arm's differences from --against, paired by seed: mean, 95 % interval and
 p of the t-test. Seeds vary the order, the draws and the samples; all start from one student.
 
-Arms that change neither the data nor the warm-up share one warm-up a seed. A finished run is not repeated: the same
-command goes on after an interruption, and adds seeds. Other flags go to every run of exgrpo.py.
+Arms that change neither the data nor the warm-up share one warm-up a seed. A finished run is not
+repeated: the same command goes on after an interruption, and adds seeds. Other flags go to every
+run of exgrpo.py.
 
 The results, OUT/*.json, are a line each with every verdict, and name no folder. --known takes them
 from a file and runs only what is missing.

@@ -1,5 +1,4 @@
 """Advantages, log-probs and losses against closed forms, TRL's own numbers and each other."""
-import contextlib
 import copy
 import itertools
 import json
@@ -208,9 +207,18 @@ def played(chat, full, partial):
                           answers(chat, *partial))
 
 
+def rewards_of(chat, rollout, delta=0.5):
+    """As a step forms them -> flags, verdicts, outcomes, rewards."""
+    args = types.SimpleNamespace(group_size=len(rollout.full) // len(rollout.questions),
+                                 turns=int(bool(rollout.partial)), partial="forked", delta=delta,
+                                 nu=1.0)
+    right = exgrpo.grade(chat, rollout)
+    return args, right, *exgrpo.compute_rewards(right, args)
+
+
 def advantages_of(chat, rollout, variant, delta=0.5):
     """As a step forms them -> (2, G)."""
-    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, delta, 1.0)
+    *_, outcomes, rewards = rewards_of(chat, rollout, delta)
     return exgrpo.dialogue_advantages(outcomes, rewards, variant)[:, 0]
 
 
@@ -224,20 +232,19 @@ def test_the_bonus_reaches_the_advantages(loaded):
     rollout = exgrpo.Rollout([question("3")] * 2, [[question("5")]] * 2,
                              answers(chat, *"334344"),   # 2/3, paid; 1/3, not paid
                              answers(chat, *"344334"))   # 1/3; 2/3
-    args = types.SimpleNamespace(group_size=3, partial="forked")
 
     def step(delta):
-        outcomes, rewards = exgrpo.compute_rewards(chat, rollout, delta, 1.0)
+        args, right, outcomes, rewards = rewards_of(chat, rollout, delta)
         advantages = exgrpo.dialogue_advantages(outcomes, rewards, "added")
         return advantages.flatten().tolist(), exgrpo.rollout_metrics(
-            chat, rollout, outcomes, rewards, advantages, args)
+            chat, rollout, right, outcomes, rewards, advantages, args)
     advantages, metrics = step(0.5)
     most, least = 2 / 3 / (3 ** -0.5 + 1e-4), 1 / 3 / (3 ** -0.5 + 1e-4)
     two, one = [least, least, -most], [most, -least, -least]   # right of three, without bonus
     expected = [least + 0.5, least + 0.5, -most, *one, *one, *two]
     assert advantages == pytest.approx(expected)
     assert metrics["bonus_share"] == 0.5 and metrics["unparsed"] == 0
-    assert metrics["acc_full"] == metrics["acc_partial"] == 0.5 and metrics["acc_probes"] == 0
+    assert metrics["acc_full"] == metrics["acc_partial"] == 0.5
     assert metrics["reward"] == pytest.approx((2 * 1.5 + 1 + 1 + 2) / 12)
     advantages, metrics = step(0.0)
     assert advantages == pytest.approx([*two, *one, *one, *two])
@@ -287,13 +294,12 @@ def test_a_reply_that_was_cut_earns_nothing(loaded):
     rollout = exgrpo.Rollout([question("12")], [[question("12")]],
                              answers(chat, "12", "12", cut=[0]), answers(chat, "12", "12", cut=[1]))
     assert chat.decode(rollout.full[0].replies[-1]) == "The answer is 12"
-    assert not exgrpo.is_right(chat, rollout.full[0], -1, question("12"))
-    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, 0.5, 1.0)
+    args, right, outcomes, rewards = rewards_of(chat, rollout)
+    assert right == [[False], [True], [True], [False]]
     assert outcomes.tolist() == rewards.tolist() == [[[0, 1]], [[1, 0]]]
-    metrics = exgrpo.rollout_metrics(
-        chat, rollout, outcomes, rewards, torch.zeros_like(rewards),
-        types.SimpleNamespace(group_size=2, partial="forked"))
-    assert metrics["truncated"] == metrics["acc_full"] == metrics["acc_probes"] == 0.5
+    metrics = exgrpo.rollout_metrics(chat, rollout, right, outcomes, rewards,
+                                     torch.zeros_like(rewards), args)
+    assert metrics["truncated"] == metrics["acc_full"] == 0.5
 
 
 def paid(full, partial, delta, variant):
@@ -338,7 +344,7 @@ def test_without_probes_it_is_plain_grpo(loaded):
     """--turns 0: full dialogues only, and the advantage of their outcomes under each variant."""
     _, chat = loaded("llama")
     rollout = exgrpo.Rollout([question("3"), question("4")], [[], []], answers(chat, *"334344"), [])
-    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, 0.5, 1.0)
+    *_, outcomes, rewards = rewards_of(chat, rollout)
     assert outcomes.tolist() == rewards.tolist() == [[[1, 1, 0], [0, 1, 1]]]
     for variant in VARIANTS:
         assert torch.allclose(exgrpo.dialogue_advantages(outcomes, rewards, variant)[0],
@@ -375,7 +381,8 @@ def credit_of(chat, credit, partial="forked"):
                             (forked if partial == "forked" else split) + rest)
     advantages = tensor([[[0.9, -0.8], [0.7, 0.6]], [[0.5, 0.4], [0.3, -0.2]]])
     args = types.SimpleNamespace(credit=credit, partial=partial)
-    return played, advantages, exgrpo.reply_advantages(chat, played, advantages, args)
+    right = exgrpo.grade(chat, played)
+    return played, advantages, exgrpo.reply_advantages(right, advantages, args)
 
 
 def test_outcome_credit_gives_every_reply_the_advantage_of_its_dialogue(loaded):
@@ -421,7 +428,7 @@ def test_turn_credit_in_the_gradient_is_a_sum_over_replies(loaded, loose_clip):
 
     def gradient(advantages):
         recorder = Recorder(model.parameters())
-        exgrpo.update(model, None, recorder, copy.deepcopy(dialogues), advantages, [], args)
+        exgrpo.update(model, model, recorder, copy.deepcopy(dialogues), advantages, [], args)
         return recorder.gradients[-1]
     parts = [gradient([[x if t == turn else 0.0 for t, x in enumerate(row)] for row in whole])
              for turn in range(3)]
@@ -536,8 +543,8 @@ def gradient_of(model, chat, args, advantages=None, reference=None, order=None):
     if order is not None:
         dialogues, advantages = [dialogues[i] for i in order], advantages[order]
     recorder = Recorder(model.parameters())
-    metrics = exgrpo.update(model, lambda: contextlib.nullcontext(reference or model), recorder,
-                            dialogues, each_reply(dialogues, advantages), teacher, args)
+    metrics = exgrpo.update(model, reference or model, recorder, dialogues,
+                            each_reply(dialogues, advantages), teacher, args)
     return recorder.gradients[-1], metrics
 
 
@@ -723,7 +730,7 @@ def test_a_second_update_uses_the_stored_log_probs(loaded, loose_clip):
     dialogues, advantages, teacher = a_step(model, chat)
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
     try:
-        metrics = exgrpo.update(model, lambda: contextlib.nullcontext(model), optimizer, dialogues,
+        metrics = exgrpo.update(model, model, optimizer, dialogues,
                                 each_reply(dialogues, advantages), teacher,
                                 changed(updates=2, beta=0.0))
     finally:
@@ -779,8 +786,8 @@ def test_outcome_grades_the_last_reply_only(loaded):
     right = exgrpo.Dialogue()
     right.add_user(chat.first("Q?"))
     right.add_reply(chat.reply("The answer is 3."), chat)
-    rollout = exgrpo.Rollout([question("3")], [[]], [dialogue, right], [])
-    outcomes, rewards = exgrpo.compute_rewards(chat, rollout, 0.5, 1.0)
-    assert outcomes.tolist() == [[[0.0, 1.0]]]
-    assert exgrpo.rollout_metrics(chat, rollout, outcomes, rewards, outcomes, types.SimpleNamespace(
-        group_size=2, partial="forked"))["unparsed"] == 0.5
+    rollout = exgrpo.Rollout([question("3")], [[question("3")]], [dialogue, right], [])
+    args, right, outcomes, rewards = rewards_of(chat, rollout)
+    assert right == [[True, False], [True]] and outcomes.tolist() == [[[0.0, 1.0]]]
+    metrics = exgrpo.rollout_metrics(chat, rollout, right, outcomes, rewards, outcomes, args)
+    assert metrics["unparsed"] == 0.5 and metrics["acc_probes"] == 1

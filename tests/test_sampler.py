@@ -372,7 +372,8 @@ def test_without_a_template_a_reply_ends_where_the_next_question_begins(loaded, 
     assert dialogue.ids == (chat.first("Why?") + reply + [chat.end_id] + chat.later("So?") + reply
                             + [chat.end_id])
     assert dialogue.mask.count(1) == len(dialogue.logps) == 2 * len(reply)
-    assert exgrpo.is_right(chat, dialogue, 0, {"answer": "5", "answer_type": "number"})
+    five = {"answer": "5", "answer_type": "number"}
+    assert exgrpo.grade(chat, exgrpo.Rollout([five], [[five]], [dialogue], [])) == [[True, True]]
     script = iter(said)
     (text, truncated, n), = exgrpo.generate(model, chat, [chat.first("Why?")],
                                             max_new_tokens=len(said))

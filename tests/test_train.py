@@ -60,15 +60,16 @@ def weights(folder):
     return load_file(os.path.join(folder, "model.safetensors"))
 
 
-def coin(chat, dialogue, turn, row):
-    """In place of is_right: random models are never right, so that all advantages would be 0, and
-    no dialogue trained."""
-    return sum(dialogue.replies[turn]) % 2 == 1
+def coin(chat, played):
+    """In place of grade: random models are never right, so that all advantages would be 0, and no
+    dialogue trained."""
+    return [[sum(ids) % 2 == 1 for ids in dialogue.replies]
+            for dialogue in played.full + played.partial]
 
 
 @pytest.fixture
 def varied(monkeypatch):
-    monkeypatch.setattr(exgrpo, "is_right", coin)
+    monkeypatch.setattr(exgrpo, "grade", coin)
 
 
 def same(a, b):
@@ -125,8 +126,8 @@ def test_lora_trains_adapters_only_and_merges_them(tiny, loaded):
             parameter.normal_(std=0.3)
     moved = model(ids).logits.detach()
     assert not torch.allclose(moved, before, atol=1e-2)
-    with exgrpo.adapters_off(model) as reference:
-        assert torch.equal(reference(ids).logits, before)
+    with exgrpo.adapters_off():
+        assert torch.equal(model(ids).logits, before)
     assert torch.equal(model(ids).logits, moved)
     exgrpo.merge_lora(model)
     assert torch.allclose(model(ids).logits, moved, atol=1e-3)
@@ -174,8 +175,8 @@ def test_pi_ref_is_the_policy_after_the_warm_up(monkeypatch, tiny, tmp_path, ext
     def update(policy, reference, *args):
         before = logits(policy)
         metrics = own(policy, reference, *args)
-        with reference() as ref:
-            seen.append((before, logits(ref)))
+        with exgrpo.adapters_off():
+            seen.append((before, logits(reference)))
         return metrics
     monkeypatch.setattr(exgrpo, "update", update)
     call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 1, "--steps", 2,
@@ -197,7 +198,7 @@ def test_killed_and_resumed_is_bit_identical(monkeypatch, tiny, tmp_path, varied
              "24", "--steps", "6", "--save-every", "2", "--out"]
     quiet, broken = str(tmp_path / "quiet"), str(tmp_path / "broken")
     code = ("import exgrpo, test_train, torch; torch.set_num_threads(1); "
-            "exgrpo.is_right = test_train.coin; exgrpo.run(exgrpo.main)")
+            "exgrpo.grade = test_train.coin; exgrpo.run(exgrpo.main)")
     environment = os.environ | {"PYTHONPATH": ROOT + os.pathsep + HERE}
     # header + 3 steps: one past a checkpoint
     for log, rows in (("sft.csv", 4), ("metrics.csv", 4)):
@@ -600,7 +601,7 @@ def test_dialogues_txt_shows_what_each_reply_earned(monkeypatch, tiny, tmp_path,
     full, partial = text.split("---- partial")
     for part, d, its in ((full, 0, advantages[0]),
                          (partial, len(played.full), advantages[len(played.full)])):
-        verdicts = [coin(None, dialogues[d], turn, None) for turn in range(len(its))]
+        verdicts = coin(None, played)[d]
         assert re.findall(r"\[(right|wrong), advantage ([-+.\d]+)\]", part) == [
             (("wrong", "right")[right], f"{x:+.2f}") for right, x in zip(verdicts, its)]
 
