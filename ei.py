@@ -478,16 +478,13 @@ def resume(file, header: dict, questions: list[dict]) -> int:
         raise UserError(f"{file.name} was made with {', '.join(changed)}. Use its flags (prompts: "
                         "the rules in ei.py; templates: chat templates), or name another --out")
     end = content.rfind(b"\n") + 1
-    if end < len(content):
-        print(f"{file.name}: dropped a half-written last line, which is made again")
-    file.truncate(end)
+    file.truncate(end)  # a half-written last line is made again
     file.seek(end)
     finished, lines = 0, itertools.islice(exgrpo.read_jsonl(file.name), 1, None)
-    for (where, line), row in zip(lines, questions):
+    for finished, ((where, line), row) in enumerate(zip(lines, questions), 1):
         if any(line.get(key) != row[key] for key in ("id", "question", "answer", "answer_type")):
             raise UserError(f"{where} holds question {line.get('id')!r}, but here the data has "
                             f"{row['id']!r}: the data has changed; name another --out")
-        finished += 1
     return finished
 
 
@@ -726,8 +723,11 @@ def main():
             print(f"{f' {rule} ':=^80}\n{prompt}\n")
         n_probes = len(questions) * len(args.rules)
         calls = n_probes + sum(not row["rationale"].strip() for row in questions)
+        size = sum(len(turn) for row in questions for rule in args.rules
+                   for turn in make_prompt(rule, row))
         return print(f"{len(questions):,} questions: {calls:,} calls for reasoning and probes, "
-                     f"at most {n_probes:,} more for Eq. 1")
+                     f"about {size / 3.5e6:.1f} M tokens of prompts (3.5 characters each); at most "
+                     f"{n_probes:,} shorter calls for Eq. 1")
     with open(args.out, "a+b") as file:
         exgrpo.lock(file, f"another ei.py is writing {args.out}; wait, or name another --out")
         teacher = Server(args) if "://" in args.teacher else LocalModel(args.teacher, args)
