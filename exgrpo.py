@@ -49,6 +49,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -1148,13 +1149,12 @@ def append_csv(path, row: dict):
 
 def lock(file, busy: str):
     """Locks an open file until it is closed; if another process holds it, an error says `busy`."""
-    try:
+    with contextlib.suppress(ImportError):  # Windows has no such locks
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(busy)
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy)
 
 
 # Flags that may change in a resumed run; the content of --probes is hashed.
@@ -1168,16 +1168,12 @@ LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # writt
 def open_run(args):
     """Makes the run's folder and run.json or, with --resume, checks that it holds the same run.
     Returns run.json, open and locked: a run has one process."""
-    path, files = os.path.join(args.out, "run.json"), set()
+    path = os.path.join(args.out, "run.json")
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["student"] = args.student.removeprefix(HERE + os.sep)  # this project may be moved
-    probes = hashlib.sha256()
-    for name in args.probes:
-        with open(name, "rb") as file:
-            probes.update(file.read())
-    settings["probes_sha256"] = probes.hexdigest()
-    if os.path.isdir(args.out):
-        files = set(os.listdir(args.out)) - {"run.json.tmp"}
+    probes = b"".join(pathlib.Path(name).read_bytes() for name in args.probes)
+    settings["probes_sha256"] = hashlib.sha256(probes).hexdigest()
+    files = set(os.listdir(args.out) if os.path.isdir(args.out) else ()) - {"run.json.tmp"}
     if args.resume != ("run.json" in files) or files and not args.resume:
         raise UserError(f"{args.out} holds {', '.join(sorted(files)[:3]) or 'no run'}: --resume "
                         "goes on with the run that is there, a new --out starts another")
@@ -1187,8 +1183,7 @@ def open_run(args):
     if not files:
         os.makedirs(args.out, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1).encode())
-    with open(path, encoding="utf-8") as file:
-        theirs = ADDED | json.load(file)
+    theirs = ADDED | json.loads(pathlib.Path(path).read_text("utf-8"))
     differing = [f"{name} = {theirs.get(name)!r}, not {value!r}"
                  for name, value in settings.items() if value != theirs.get(name)]
     if differing:
@@ -1370,10 +1365,8 @@ def load_eval(args) -> dict:
 
 def read_eval(run: str) -> dict:
     """The eval.json of a run's folder: {label: {file: a "0" or "1" for each question}}."""
-    path, table = os.path.join(run, "eval.json"), {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            table = json.load(file)
+    path = pathlib.Path(run, "eval.json")
+    table = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return {label: found for label, found in table.items()
             if all(isinstance(verdicts, str) for verdicts in found.values())}  # once: counts
 
@@ -1416,16 +1409,15 @@ def print_summary(args):
     """The accuracies before and after, what reinforcement added, and what to do next."""
     table = read_eval(args.out)
     names = list([*table.values()][-1]) if table else []
-    if table:
-        print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
-    for label, found in table.items():
-        verdicts = [found.get(name, "") for name in names]
-        print(f"{label:23}" + "".join(f"{reward.share(x.count('1'), len(x)):>22}"
-                                      for x in verdicts))
+    rows = {label: {name: reward.share(x.count("1"), len(x)) for name, x in found.items()}
+            for label, found in table.items()}
     sft, end = (table.get(label) for label in ("after SFT", f"after step {args.steps}"))
     if sft and end:
-        print(f"{'ExGRPO - SFT':23}" + "".join(
-            f"{difference(end[name], sft.get(name, '')):>22}" for name in names))
+        rows["ExGRPO - SFT"] = {name: difference(end[name], sft.get(name, "")) for name in end}
+    if rows:
+        print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
+    for label, cells in rows.items():
+        print(f"{label:23}" + "".join(f"{cells.get(name, '-'):>22}" for name in names))
     student = os.path.relpath(args.student) if os.path.isdir(args.student) else args.student
     data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
