@@ -14,7 +14,7 @@ arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugg
     Q_aug, R_aug, A_aug    probe, rationale, answer           --probes        its "probes"
     k, k', G               turns, forks, group_size           --turns, --group-size
     pi_theta, pi_ref       policy, reference                  --student
-    R_outcome   (Eq. 4)    grade, outcomes                                    (2, Q, G)
+    R_outcome   (Eq. 4)    verdicts, outcomes                                 (2, Q, G)
     r_dsu       (Eq. 5)    reward.dsu_bonus                   --delta, --nu   reward
     R_total     (Eq. 6)    reward.total_rewards, rewards                      (2, Q, G)
     U           (Eq. 7)    advantages, credit                 --advantage, --credit
@@ -199,23 +199,23 @@ def grade(chat: Chat, played: Rollout) -> list:
 
     For each full and then each partial dialogue a list of bools, one a reply.
     """
-    G, right = len(played.full) // len(played.questions), []
+    G, verdicts = len(played.full) // len(played.questions), []
     for b, dialogue in enumerate(played.full + played.partial):
-        q = b % len(played.full) // G
+        q = b % len(played.full) // G  # a partial dialogue's question is that of its twin
         rows = [*played.probes[q][:len(dialogue.replies) - 1], played.questions[q]]
-        right.append([
+        verdicts.append([
             not truncated and reward.is_correct(chat.decode(ids), row["answer"], row["answer_type"])
             for ids, truncated, row in zip(dialogue.replies, dialogue.truncated, rows)])
-    return right
+    return verdicts
 
 
-def compute_rewards(right: list, args) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_rewards(verdicts: list, args) -> tuple[torch.Tensor, torch.Tensor]:
     """R_outcome (Eq. 4) and R_total (Eqs. 5 and 6) of full and then partial dialogues, (2, Q, G).
 
     Of grade()'s verdicts only a dialogue's last counts. With --turns 0 there is no bonus, and
     shapes are (1, Q, G).
     """
-    last = torch.tensor([verdicts[-1] for verdicts in right], dtype=torch.float64)  # Eq. 4
+    last = torch.tensor([own[-1] for own in verdicts], dtype=torch.float64)           # Eq. 4
     outcomes = last.view(2 if args.turns else 1, -1, args.group_size)
     if args.turns == 0:
         return outcomes, outcomes
@@ -224,8 +224,8 @@ def compute_rewards(right: list, args) -> tuple[torch.Tensor, torch.Tensor]:
     return outcomes, torch.tensor(totals, dtype=torch.float64).transpose(0, 1)
 
 
-def reply_advantages(right: list, advantages: torch.Tensor, args) -> list:
-    """Advantages of dialogues (2, Q, G) -> those of their replies, in the form of grade()'s right.
+def reply_advantages(verdicts: list, advantages: torch.Tensor, args) -> list:
+    """Advantages of dialogues (2, Q, G) -> those of their replies, in the form of verdicts.
 
     --credit outcome  Every reply gets its dialogue's advantage. A forked pair trains its common
                       prefix in both roles, once with each advantage.
@@ -236,7 +236,7 @@ def reply_advantages(right: list, advantages: torch.Tensor, args) -> list:
     """
     G, credited = advantages.shape[2], []
     for i, last in enumerate(advantages.flatten(0, 1).tolist()):  # a group, full or partial
-        own = torch.tensor(right[i * G:(i + 1) * G], dtype=torch.float64).T         # (turns, G)
+        own = torch.tensor(verdicts[i * G:(i + 1) * G], dtype=torch.float64).T      # (turns, G)
         turns = [last] * len(own)  # a list of G advantages for each turn
         if args.credit == "turn" and len(turns) > 1:
             copied = i >= advantages.shape[1] and args.partial == "forked"
@@ -386,21 +386,21 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
             policy.eval()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 played = rollout(policy, chat, [questions[i] for i in batch], args, step)
-            right = grade(chat, played)
-            outcomes, rewards = compute_rewards(right, args)                        # Eqs. 4-6
+            verdicts = grade(chat, played)
+            outcomes, rewards = compute_rewards(verdicts, args)                     # Eqs. 4-6
             advantages = dialogue_advantages(outcomes, rewards, args.advantage)     # (2, Q, G)
-            credit = reply_advantages(right, advantages, args)
+            credit = reply_advantages(verdicts, advantages, args)
             teacher = [teacher_dialogue(chat, drawn or [row])
                        for drawn, row in zip(played.probes, played.questions)
                        if drawn or "probe" in row]
             policy.train(args.gradient_checkpointing)  # checkpointing works in train mode only
             metrics = update(policy, reference, optimizer, played.full + played.partial, credit,
                              teacher, args)                                         # Eqs. 7 and 8
-            metrics |= rollout_metrics(chat, played, right, outcomes, rewards, advantages, args)
+            metrics |= rollout_metrics(chat, played, verdicts, outcomes, rewards, advantages, args)
             metrics |= {"step": step + 1, "seconds": time.perf_counter() - started}
             metrics["tokens_per_s"] = metrics["sampled_tokens"] / metrics["seconds"]
             paid = bool((rewards > outcomes)[0, 0].any())
-            log_step(args, chat, played, right, credit, paid, metrics)
+            log_step(args, chat, played, verdicts, credit, paid, metrics)
             bar.set_postfix_str(BAR.format(**metrics))
             if args.eval_every and (step + 1) % args.eval_every == 0:
                 evaluate_checkpoint(args, f"after step {step + 1}", policy.eval(), chat, tests)
@@ -425,7 +425,7 @@ BAR = ("reward {reward:.2f} full {acc_full:.2f} partial {acc_partial:.2f} kl {kl
        "clip {clip_share:.3f} {tokens_per_s:.0f} tok/s")
 
 
-def rollout_metrics(chat: Chat, played: Rollout, right, outcomes, rewards, advantages,
+def rollout_metrics(chat: Chat, played: Rollout, verdicts, outcomes, rewards, advantages,
                     args) -> dict:
     """The columns of metrics.csv that describe a rollout."""
     def mean(values):
@@ -438,7 +438,7 @@ def rollout_metrics(chat: Chat, played: Rollout, right, outcomes, rewards, advan
     unread = [reward.extract_answer(chat.decode(dialogue.replies[-1]), row["answer_type"]) is None
               for row, dialogue in zip(np.repeat(played.questions, args.group_size), played.full)]
     return {"reward": mean(rewards), "acc_full": mean(full), "acc_partial": mean(partial),
-            "acc_probes": mean([x for found in right[:len(played.full)] for x in found[:-1]]),
+            "acc_probes": mean([x for own in verdicts[:len(played.full)] for x in own[:-1]]),
             "bonus_share": mean((rewards > outcomes)[0].any(1)) if args.turns else float("nan"),
             "adv_partial_correct": mean(advantages[1:][partial > 0]),
             "truncated": mean([d.truncated[-1] for d in played.full]), "unparsed": mean(unread),
@@ -446,19 +446,21 @@ def rollout_metrics(chat: Chat, played: Rollout, right, outcomes, rewards, advan
             "reply_tokens": mean(replies), "sampled_tokens": n_sampled}
 
 
-def log_step(args, chat: Chat, played: Rollout, right: list, credit: list, paid: bool,
+def log_step(args, chat: Chat, played: Rollout, verdicts: list, credit: list, paid: bool,
              metrics: dict) -> None:
     """Logs a row of metrics.csv, and the first dialogue of the step and its partial twin as text.
-    Beside each reply stand its verdict and the advantage of its tokens. paid: the bonus was."""
+    Beside each reply stand its verdict and the advantage of its tokens. paid: whether the bonus was
+    paid for this question."""
     append_csv(os.path.join(args.out, "metrics.csv"), {name: metrics[name] for name in METRICS})
-    row, twins = played.questions[0], [("full", 0), ("partial", len(played.full))]
+    row, dialogues = played.questions[0], played.full + played.partial
     text = (f"==== step {metrics['step']}, question {row['id']}, gold {row['answer']}, "
             f"{'bonus paid' if paid else 'no bonus'}\n")
-    for name, b in twins[:1 + bool(played.partial)]:
-        dialogue, end, text = (played.full + played.partial)[b], 0, text + f"---- {name}\n"
-        for start, ids, is_right, advantage in zip(dialogue.starts, dialogue.replies, right[b],
-                                                   credit[b]):
-            text += (f"{chat.tokenizer.decode(dialogue.ids[end:start])}\n"
+    for name, b in zip(("full", "partial"), range(0, len(dialogues), len(played.full))):
+        text += f"---- {name}\n"
+        end = 0
+        for start, ids, is_right, advantage in zip(dialogues[b].starts, dialogues[b].replies,
+                                                   verdicts[b], credit[b]):
+            text += (f"{chat.tokenizer.decode(dialogues[b].ids[end:start])}\n"
                      f"[{'right' if is_right else 'wrong'}, advantage {advantage:+.2f}] "
                      f"{chat.tokenizer.decode(ids)}\n")
             end = start + len(ids)
@@ -979,8 +981,8 @@ def load_policy(args, source, device, lr):
 
 
 def load_reference(args, policy, source):
-    """pi_ref: the model as loaded from source. Under LoRA, the policy with its adapters off is the
-    same and needs no second copy; with beta 0 none is asked."""
+    """pi_ref: the model as loaded from source. Under LoRA it is the policy, whose adapters update()
+    switches off: no second copy in memory. With beta 0 it is never asked."""
     if args.lora_rank or args.beta == 0:
         return policy
     return freeze(load_model(source, policy.device)[0], args.bf16)
@@ -1035,6 +1037,7 @@ def merge_lora(model):
 
 @contextlib.contextmanager
 def adapters_off():
+    """All adapters are switched off: under LoRA, the policy is pi_ref then."""
     LoRA.enabled = False
     yield
     LoRA.enabled = True
@@ -1149,7 +1152,7 @@ def append_csv(path, row: dict):
 
 def lock(file, busy: str):
     """Locks an open file until it is closed; if another process holds it, an error says `busy`."""
-    with contextlib.suppress(ImportError):  # Windows has no such locks
+    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1303,7 +1306,7 @@ def parse_args():
     add("--questions-per-step", type=count, default=12, help="Q, questions in a step")
     add("--updates", type=count, default=1, help="updates per step on the same samples")
     add("--lr", type=positive, help="of AdamW in ExGRPO; None: 3.5e-6 * 3584 / width, LoRA: * 10")
-    add("--sft-lr", type=positive, help="of the warm-up; None: 2e-5 * 3584 / width, LoRA: * 10")
+    add("--sft-lr", type=positive, help="of the warm-up; None: 1e-5 * 3584 / width, LoRA: * 10")
     add("--sft-batch-size", type=count, default=16, help="examples in a step of the warm-up")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
     add("--max-new-tokens", type=count, default=256, help="longest reply, tokens")
@@ -1432,7 +1435,7 @@ def main():
     # Adam moves every weight by about the learning rate, so a layer's output moves in proportion
     # to its width. Rates for 7B models (width 3584) are scaled. LoRA takes ten times as much.
     scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
-    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 2e-5 * scale
+    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 1e-5 * scale
     chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))

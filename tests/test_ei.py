@@ -611,7 +611,7 @@ def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_pat
     server.faults = []
     lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error")]
     assert code == 2 and len(lines) == 1 and words in lines[0]
-    assert calls <= len(server.requests) <= calls + 1  # the thread may have begun the next one
+    assert calls <= len(server.requests) <= calls + 8  # the thread goes on until it is told
     assert "Traceback" not in err and path.read_bytes() == b"".join(whole.splitlines(True)[:2])
     assert run_ei(*flags(server, path), *small)[0] == 0 and path.read_bytes() == whole
 

@@ -84,6 +84,12 @@ def test_train_and_test_share_no_problem():
     everything = " ".join(row["question"] for row in rows("train.jsonl")) + " ".join(
         probe["probe"] for row in rows("probes.jsonl") for probe in row["probes"])
     assert not [name for name in world.TEST_NAMES if re.search(rf"\b{name}\b", everything)]
+    for row in rows("probes.jsonl"):  # nor do their probes tell a story with such a pair
+        for probe in row["probes"]:
+            told = re.search(r"has (\d+) \w+\. \w+ \w+ (\d+)|buys (?P<n>\d+) bags with (?P<v>\d+)",
+                             re.sub(r"shares all (\w+) equally among", "shares", probe["probe"]))
+            pair = told and (told["v"] or told[1], told["n"] or told[2])
+            assert not pair or (int(pair[0]), int(pair[1])) not in test_pairs, probe["probe"]
     held_out = [[tuple(event for event, _ in p.events) in world.HELD_OUT for p in problems]
                 for problems in (train, test)]
     assert sum(held_out[0]) == 0 and sum(held_out[1]) >= 50

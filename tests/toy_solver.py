@@ -20,6 +20,7 @@ N = r"(\d+|some)"
 EVENTS = {  # what happens: its sentence
     "has": rf"(\w+) has {N} (\w+)",
     "gives": rf"(\w+) gives {N} (\w+) to (\w+)",
+    "gets": rf"(\w+) gets {N} (\w+) from (\w+)",
     "loses": rf"(\w+) loses {N} (\w+)",
     "finds": rf"(\w+) finds {N} (\w+)",
     "buys": rf"(\w+) buys {N} bags with {N} (\w+) in each",
@@ -107,8 +108,9 @@ def play(events, hidden=None):
         elif kind == "buys":
             who, bags, n, thing = groups
             begin(who, number(bags) * number(n))
-        elif kind == "gives":
-            giver, n, thing, taker = groups
+        elif kind in ("gives", "gets"):
+            one, n, thing, other = groups
+            giver, taker = (one, other) if kind == "gives" else (other, one)
             need(giver in has or taker in has)
             for who, sign in ((giver, -1), (taker, 1)):
                 if who in has:  # what the other one has may be unknown
@@ -135,9 +137,10 @@ def operation(events, number):
     """-> (the first event with this number, the operation that is right for it)."""
     owner = next(groups[0] for kind, groups in events if kind in ("has", "buys"))
     for kind, groups in events:
-        if kind == "gives" and groups[1] == number:
+        if kind in ("gives", "gets") and groups[1] == number:
             need(owner in (groups[0], groups[3]) and groups[0] != groups[3])
-            return (kind, groups), "subtract" if groups[0] == owner else "add"
+            giver = groups[0 if kind == "gives" else 3]
+            return (kind, groups), "subtract" if giver == owner else "add"
         if kind in OPERATION and groups[2 if kind == "shares" else 1] == number:
             return (kind, groups), OPERATION[kind]
     raise Impossible  # no event has this number
@@ -149,6 +152,7 @@ def reason(event, done):
     if kind in ("buys", "shares"):
         return f"every {'bag holds' if kind == 'buys' else 'friend gets'} as many"
     if done == "subtract":
+        need(kind != "gets")
         return f"{groups[0]} no longer has what {groups[0]} {kind}"
     taker = groups[3] if kind == "gives" else groups[0]
     return f"{taker} now also has what {groups[0]} {kind}"
@@ -178,7 +182,7 @@ def partly(events, kind, n):
     if kind == "bags":
         need(first == "buys" and not event and int(n) <= int(groups[1]))
         return int(n) * int(groups[2])
-    need(first == "has" and len(event) == 1 and event[0][0] in ("gives", "loses", "finds"))
+    need(first == "has" and len(event) == 1 and event[0][0] in ("gives", "gets", "loses", "finds"))
     need(int(n) <= int(event[0][1][1]))
     _, done = operation(events, event[0][1][1])
     return int(groups[1]) + (int(n) if done == "add" else -int(n))

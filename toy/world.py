@@ -20,14 +20,14 @@ TEST_NAMES = "Quinn Rosa Sam Tara Uma Vera Will Zoe".split()
 THINGS = "apples pens coins shells cards books stamps beads nuts plums".split()
 EVENTS = {  # event: (operation, sentence, why the operation is right)
     "gives": ("-", "{A} gives {n} {o} to {B}.", "{A} no longer has what {A} gives"),
-    "gets": ("+", "{B} gives {n} {o} to {A}.", "{A} now also has what {B} gives"),
+    "gets": ("+", "{A} gets {n} {o} from {B}.", "{A} now also has what {A} gets"),
     "loses": ("-", "{A} loses {n} {o}.", "{A} no longer has what {A} loses"),
     "finds": ("+", "{A} finds {n} {o}.", "{A} now also has what {A} finds"),
     "buys": ("x", "{A} buys {n} bags with {v} {o} in each.", "every bag holds as many"),
     "shares": ("/", "{A} shares all {o} equally among {n} friends.", "every friend gets as many")}
 HELD_OUT = {("finds", "gives"), ("finds", "gets"), ("gives", "finds"), ("gives", "loses"),
             ("buys", "finds"), ("buys", "loses")}  # events that no training question joins
-FLIP = {"gives": "gets", "gets": "gives", "finds": "loses", "loses": "finds"}
+FLIP = {"gives": "finds", "gets": "loses", "finds": "loses", "loses": "finds"}
 DO = {"+": "add", "-": "subtract", "x": "multiply by", "/": "divide by"}
 UNDO = {"+": "-", "-": "+", "x": "/", "/": "x"}
 APPLY = {"+": lambda v, n: v + n, "-": lambda v, n: v - n, "x": lambda v, n: v * n,
@@ -120,11 +120,12 @@ def pick(p, options):
     return options[p.start % len(options)]
 
 
-def choose(p, question, right, *wrong):
-    """-> (the question with its options, the letter of the right one)."""
-    texts = [right, *wrong]
-    texts = texts[p.start % 3:] + texts[:p.start % 3]
-    return ei.lettered(question, texts, texts.index(right))[:2]
+def choose(p, question, options, right):
+    """-> (the question with its options, the letter of the right one). Their order, too, depends on
+    the number at first alone, and not on which of them is right."""
+    k = p.start % len(options)
+    options = options[k:] + options[:k]
+    return ei.lettered(question, options, options.index(right))[:2]
 
 
 def after(word):
@@ -134,9 +135,10 @@ def after(word):
 
 
 def counterfactual(p):
+    """The last number of the story is one less, which is always possible."""
     event, n = p.events[-1]
-    twin = p._replace(events=(*p.events[:-1], (FLIP.get(event), n)))
-    return twin.forward() if event in FLIP and twin.valid() else None
+    twin = p._replace(events=(*p.events[:-1], (event, n - 1)))
+    return twin.forward() if event in FLIP else None
 
 
 def challenge(p):
@@ -154,10 +156,11 @@ def decomposition(p):
 
 def why(p):
     event, op, _, n, _ = p.steps()[0]
-    wrong = [p.say(EVENTS[e][2]) for e in ("gives", "gets", "buys", "shares") if EVENTS[e][0] != op]
-    probe, letter = choose(p, f"{p.first().story()} Why does one {DO[op]} {n}?",
-                           p.say(EVENTS[event][2]), *wrong[:2])
-    return (probe, f"One must {DO[op]} {n}, because {p.say(EVENTS[event][2])}. That is ({letter}).",
+    kinds = [event if op == "-" else "loses", event if op == "+" else "finds",
+             event if op in "x/" else "buys"]
+    right, *reasons = [p.say(EVENTS[kind][2]) for kind in (event, *kinds)]
+    probe, letter = choose(p, f"{p.first().story()} Why does one {DO[op]} {n}?", reasons, right)
+    return (probe, f"One must {DO[op]} {n}, because {right}. That is ({letter}).",
             "choice", letter)
 
 
@@ -175,23 +178,22 @@ def mechanism(p):
 
 def contrast(p):
     event, n = p.events[0]
-    C = after(p.B) if after(p.B) != p.A else after(p.A)
+    C = after(p.A) if after(p.A) != p.B else after(p.B)
     twin = p._replace(A=C, events=((FLIP.get(event), n),))
     if event not in FLIP or not twin.valid():
         return None
-    (high, more), (low, less) = sorted(
-        [(p.first().result(), p.A), (twin.result(), C)], reverse=True)
+    more = max((p.first().result(), p.A), (twin.result(), C))[1]
     probe, letter = choose(p, f"{p.first().story()} {twin.story()} "
-                           + p.say("Who has more {o} now?"), more, less, "both the same")
-    return (probe, f"{p.first().reasoning()} {twin.reasoning()} {high} is more than {low}, "
-            f"so {more} has more. That is ({letter}).", "choice", letter)
+                           + p.say("Who has more {o} now?"), [p.A, C, "both the same"], more)
+    return (probe, f"{p.first().reasoning()} {twin.reasoning()[:-1]}, so {more} has more. "
+            f"That is ({letter}).", "choice", letter)
 
 
 def hypothesis(p):
     result, claim = p.result(), p.result() + pick(p, (0, 1, 0, 2, 0, 3))
     who = "each friend gets" if p.shared() else "{A} now has"
     return (f"{p.story()} Somebody says that {p.say(who)} {claim} {p.o}. Can that be right?",
-            f"{p.reasoning()} The claim is {claim}. {result} and {claim} "
+            f"{p.reasoning()} The claim is {claim}. {claim} - {result} = {claim - result}, so they "
             + ("agree." if claim == result else "differ."),
             "yesno", "yes" if claim == result else "no")
 
