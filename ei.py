@@ -679,7 +679,7 @@ def parse_args():
     add = parser.add_argument_group("the machine, and other things to do").add_argument
     add("--seed", type=at_least(0), default=0, help="sent to a server; local models are greedy")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    add("--dry-run", action="store_true", help="only print the prompts and the calls to expect")
+    add("--dry-run", action="store_true", help="only print the prompts, calls and tokens to expect")
     add("--report", metavar="FILE", help="only print the filter table of this D_EI file")
     args = parser.parse_args()
     if os.path.abspath(args.teacher) == TOY + "teacher" and not args.student:
