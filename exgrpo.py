@@ -215,7 +215,7 @@ def compute_rewards(verdicts: list, args) -> tuple[torch.Tensor, torch.Tensor]:
     Of grade()'s verdicts only a dialogue's last counts. With --turns 0 there is no bonus, and
     shapes are (1, Q, G).
     """
-    last = torch.tensor([own[-1] for own in verdicts], dtype=torch.float64)           # Eq. 4
+    last = torch.tensor([own[-1] for own in verdicts], dtype=torch.float64)         # Eq. 4
     outcomes = last.view(2 if args.turns else 1, -1, args.group_size)
     if args.turns == 0:
         return outcomes, outcomes
