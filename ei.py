@@ -390,8 +390,7 @@ class Server:
 
     PING = ["Reply with the word yes."]  # refused only by a server that refuses everything
     chat, align = None, 1  # its template is not known; no reply depends on what else is asked
-    TRIES, PAUSE = 8, 1.0  # tries of a request; seconds before the second one, doubled each time:
-    TIMEOUT = 300          # two minutes in all, longer than a limit per minute; seconds of one try
+    TRIES, PAUSE, TIMEOUT = 8, 1.0, 300  # seconds: of the first pause, then doubled; of one try
 
     def __init__(self, args):
         if is_offline_mode():
@@ -406,7 +405,7 @@ class Server:
         self.fields = {"model": args.teacher_model, "max_tokens": args.max_new_tokens,
                        "temperature": 0, "seed": args.seed, **args.request}
         self.workers, self.batch = args.concurrency, 2 * args.concurrency
-        self.stop, self.lock, self.counts = Event(), Lock(), collections.Counter()
+        self.stop, self.fault, self.lock, self.counts = Event(), None, Lock(), collections.Counter()
         self.about = f"a server, {self.workers} requests at a time"
 
     def __call__(self, dialogues: list[list[str]]) -> list[tuple[str, str]]:
@@ -424,7 +423,7 @@ class Server:
         delay = 0
         for attempt in range(self.TRIES):
             if self.stop.wait(delay):
-                raise KeyboardInterrupt
+                raise self.fault or KeyboardInterrupt
             try:
                 completion = self.client.chat_completion(messages, extra_body=self.fields)
                 choice = completion.choices[0] if completion.choices else None
@@ -446,10 +445,12 @@ class Server:
             self.add({"retries": 1})
         if turns == self.PING or status in (0, 408, 429) or status > 500:
             what = f"failed {attempt + 1} times in a row" if attempt else "refused a request"
-            raise UserError(
+            self.fault = UserError(
                 f"{self.client.model} {what}: {status or ''} {said[:300]}. Check the URL (up to "
                 "/v1 or /chat/completions), --teacher-model, the key in TEACHER_API_KEY and, if a "
                 "field is refused, --request. Nothing is lost: the same command goes on from here")
+            self.stop.set()
+            raise self.fault
         self.ask(self.PING)
         self.add({"refused": 1})
         message = re.search(r'"(?:message|error|detail)": *"((?:[^"\\]|\\.)+)', said)
@@ -478,7 +479,9 @@ def resume(file, header: dict, questions: list[dict]) -> int:
         raise UserError(f"{file.name} was made with {', '.join(changed)}. Use its flags (prompts: "
                         "the rules in ei.py; templates: chat templates), or name another --out")
     end = content.rfind(b"\n") + 1
-    file.truncate(end)  # a half-written last line is made again
+    if end < len(content):
+        print(f"{file.name}: dropped a half-written last line, which is made again")
+    file.truncate(end)
     file.seek(end)
     finished, lines = 0, itertools.islice(exgrpo.read_jsonl(file.name), 1, None)
     for finished, ((where, line), row) in enumerate(zip(lines, questions), 1):
@@ -612,7 +615,7 @@ DATASETS = {  # name: Hub id or URL, configurations, train split and test split
 
 
 def fetch(name: str, split: str):
-    """The rows of a dataset from the web: of a JSON file on GitHub, or of the Hub."""
+    """The rows of a dataset from GitHub or the Hub; its configurations take turns, for --limit."""
     source, configs, splits = DATASETS[name]
     split = splits.split()[("train", "test").index(split)]
     if source.startswith(GITHUB):
@@ -623,7 +626,6 @@ def fetch(name: str, split: str):
     import datasets  # only these rows need it, so it is not in requirements.txt
     parts = [datasets.load_dataset(source, config, split=split, streaming=True)
              for config in configs.split() or [None]]
-    # in turns, so that --limit takes some of each
     return filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts)))
 
 
@@ -719,15 +721,13 @@ def main():
         raise UserError(f"{args.data} holds no question")
     if args.dry_run:
         for rule in args.rules:
-            prompt = "\n--------\n".join(make_prompt(rule, questions[0]))
-            print(f"{f' {rule} ':=^80}\n{prompt}\n")
-        n_probes = len(questions) * len(args.rules)
-        calls = n_probes + sum(not row["rationale"].strip() for row in questions)
-        size = sum(len(turn) for row in questions for rule in args.rules
-                   for turn in make_prompt(rule, row))
+            turns = "\n--------\n".join(make_prompt(rule, questions[0]))
+            print(f"{f' {rule} ':=^80}\n{turns}\n")
+        n = len(questions) * len(args.rules)
+        calls = n + sum(not row["rationale"].strip() for row in questions)
+        size = sum(len("".join(make_prompt(rule, row))) for row in questions for rule in args.rules)
         return print(f"{len(questions):,} questions: {calls:,} calls for reasoning and probes, "
-                     f"about {size / 3.5e6:.1f} M tokens of prompts (3.5 characters each); at most "
-                     f"{n_probes:,} shorter calls for Eq. 1")
+                     f"at most {n:,} more for Eq. 1; prompts: about {size / 3.5e6:.1f} M tokens")
     with open(args.out, "a+b") as file:
         exgrpo.lock(file, f"another ei.py is writing {args.out}; wait, or name another --out")
         teacher = Server(args) if "://" in args.teacher else LocalModel(args.teacher, args)

@@ -1152,12 +1152,13 @@ def append_csv(path, row: dict):
 
 def lock(file, busy: str):
     """Locks an open file until it is closed; if another process holds it, an error says `busy`."""
-    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(busy)
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
 
 
 # Flags that may change in a resumed run; the content of --probes is hashed.

@@ -460,6 +460,7 @@ def test_a_run_cut_at_any_byte_ends_in_the_same_file(run_ei, server, tmp_path):
         code, out, _ = run_ei(*flags(server, path), *small)
         done = max(0, whole[:cut].count(b"\n") - 1)
         assert code == 0 and path.read_bytes() == whole and f"{done} questions in it" in out
+        assert ("half-written" in out) == (cut > 0 and whole[cut - 1:cut] != b"\n")
         asked = {row["id"] for row in ROWS for turns in server.requests
                  if row["question"] in turns[-1]}
         assert asked == {row["id"] for row in ROWS[done:5]}
@@ -611,7 +612,7 @@ def test_lasting_faults_end_in_one_line_and_lose_nothing(run_ei, server, tmp_pat
     server.faults = []
     lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error")]
     assert code == 2 and len(lines) == 1 and words in lines[0]
-    assert calls <= len(server.requests) <= calls + 8  # the thread goes on until it is told
+    assert calls <= len(server.requests) <= calls + 1  # the thread may have begun the next one
     assert "Traceback" not in err and path.read_bytes() == b"".join(whole.splitlines(True)[:2])
     assert run_ei(*flags(server, path), *small)[0] == 0 and path.read_bytes() == whole
 
@@ -879,8 +880,8 @@ def test_dry_run_prints_every_prompt_and_the_bill(run_ei):
     assert code == 0 and all(rule.definition in out for rule in ei.RULES.values())
     size = sum(len(turn) for row in ei.load_questions(QUESTIONS) for rule in ei.RULES
                for turn in ei.make_prompt(rule, row))
-    assert "12 questions: 120 calls for reasoning and probes" in out
-    assert f"about {size / 3.5e6:.1f} M tokens" in out and "at most 120 shorter calls" in out
+    assert "12 questions: 120 calls for reasoning and probes, at most 120 more for Eq. 1" in out
+    assert f"about {size / 3.5e6:.1f} M tokens" in out
 
 
 def test_letters_that_a_terminal_lacks_are_replaced(tmp_path):

@@ -187,13 +187,12 @@ def test_padding_may_hold_anything_and_inputs_stay_as_they_are():
 
 # ------------------------------------------------------------------ the bonus and what a group is
 
-def answers(chat, *texts, cut=()):
-    """One-turn dialogues that answer so; those whose places are in `cut` hit the token limit."""
+def answers(chat, *texts):
+    """One-turn dialogues that answer so."""
     dialogues = [exgrpo.Dialogue() for _ in texts]
-    for i, (dialogue, text) in enumerate(zip(dialogues, texts)):
+    for dialogue, text in zip(dialogues, texts):
         dialogue.add_user(chat.first("Why?"))
-        dialogue.add_reply(chat.encode(f"The answer is {text}")
-                           + ([] if i in cut else chat.encode(".") + [chat.end_id]), chat)
+        dialogue.add_reply(chat.encode(f"The answer is {text}.") + [chat.end_id], chat)
     return dialogues
 
 
@@ -212,8 +211,8 @@ def rewards_of(chat, rollout, delta=0.5):
     args = types.SimpleNamespace(group_size=len(rollout.full) // len(rollout.questions),
                                  turns=int(bool(rollout.partial)), partial="forked", delta=delta,
                                  nu=1.0)
-    right = exgrpo.grade(chat, rollout)
-    return args, right, *exgrpo.compute_rewards(right, args)
+    verdicts = exgrpo.grade(chat, rollout)
+    return args, verdicts, *exgrpo.compute_rewards(verdicts, args)
 
 
 def advantages_of(chat, rollout, variant, delta=0.5):
@@ -234,10 +233,10 @@ def test_the_bonus_reaches_the_advantages(loaded):
                              answers(chat, *"344334"))   # 1/3; 2/3
 
     def step(delta):
-        args, right, outcomes, rewards = rewards_of(chat, rollout, delta)
+        args, verdicts, outcomes, rewards = rewards_of(chat, rollout, delta)
         advantages = exgrpo.dialogue_advantages(outcomes, rewards, "added")
         return advantages.flatten().tolist(), exgrpo.rollout_metrics(
-            chat, rollout, right, outcomes, rewards, advantages, args)
+            chat, rollout, verdicts, outcomes, rewards, advantages, args)
     advantages, metrics = step(0.5)
     most, least = 2 / 3 / (3 ** -0.5 + 1e-4), 1 / 3 / (3 ** -0.5 + 1e-4)
     two, one = [least, least, -most], [most, -least, -least]   # right of three, without bonus
@@ -291,15 +290,17 @@ def test_a_reply_that_was_cut_earns_nothing(loaded):
     """"The answer is 12", cut out of 1225, was paid where the gold answer is 12. D21: it is counted
     as truncated, too."""
     _, chat = loaded("llama")
-    rollout = exgrpo.Rollout([question("12")], [[question("12")]],
-                             answers(chat, "12", "12", cut=[0]), answers(chat, "12", "12", cut=[1]))
+    rollout = exgrpo.Rollout(
+        [question("12")], [[question("12")]],
+        [conversation(chat, "12.", "12"), conversation(chat, "12", "12.")],
+        [conversation(chat, "12."), conversation(chat, "12")])
     assert chat.decode(rollout.full[0].replies[-1]) == "The answer is 12"
-    args, right, outcomes, rewards = rewards_of(chat, rollout)
-    assert right == [[False], [True], [True], [False]]
+    args, verdicts, outcomes, rewards = rewards_of(chat, rollout)
+    assert verdicts == [[True, False], [False, True], [True], [False]]
     assert outcomes.tolist() == rewards.tolist() == [[[0, 1]], [[1, 0]]]
-    metrics = exgrpo.rollout_metrics(chat, rollout, right, outcomes, rewards,
+    metrics = exgrpo.rollout_metrics(chat, rollout, verdicts, outcomes, rewards,
                                      torch.zeros_like(rewards), args)
-    assert metrics["truncated"] == metrics["acc_full"] == 0.5
+    assert metrics["truncated"] == metrics["acc_full"] == metrics["acc_probes"] == 0.5
 
 
 def paid(full, partial, delta, variant):
@@ -381,8 +382,8 @@ def credit_of(chat, credit, partial="forked"):
                             (forked if partial == "forked" else split) + rest)
     advantages = tensor([[[0.9, -0.8], [0.7, 0.6]], [[0.5, 0.4], [0.3, -0.2]]])
     args = types.SimpleNamespace(credit=credit, partial=partial)
-    right = exgrpo.grade(chat, played)
-    return played, advantages, exgrpo.reply_advantages(right, advantages, args)
+    verdicts = exgrpo.grade(chat, played)
+    return played, advantages, exgrpo.reply_advantages(verdicts, advantages, args)
 
 
 def test_outcome_credit_gives_every_reply_the_advantage_of_its_dialogue(loaded):
@@ -787,7 +788,7 @@ def test_outcome_grades_the_last_reply_only(loaded):
     right.add_user(chat.first("Q?"))
     right.add_reply(chat.reply("The answer is 3."), chat)
     rollout = exgrpo.Rollout([question("3")], [[question("3")]], [dialogue, right], [])
-    args, right, outcomes, rewards = rewards_of(chat, rollout)
-    assert right == [[True, False], [True]] and outcomes.tolist() == [[[0.0, 1.0]]]
-    metrics = exgrpo.rollout_metrics(chat, rollout, right, outcomes, rewards, outcomes, args)
+    args, verdicts, outcomes, rewards = rewards_of(chat, rollout)
+    assert verdicts == [[True, False], [True]] and outcomes.tolist() == [[[0.0, 1.0]]]
+    metrics = exgrpo.rollout_metrics(chat, rollout, verdicts, outcomes, rewards, outcomes, args)
     assert metrics["unparsed"] == 0.5 and metrics["acc_probes"] == 1

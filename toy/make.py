@@ -130,7 +130,7 @@ def first_teacher_lesson(rng, chat):
 
 
 def second_teacher_lesson(rng, chat):
-    """ei.py's prompts as they are, of four rules; the hard rules come twice as often."""
+    """ei.py's prompts as they are, of four rules; the hard ones are drawn twice as often."""
     rules = rng.choice(list(ORACLE) + ["R2", "R6", "R7", "R8"], 4, replace=False)
     return [[teacher_probe(rng, chat, str(rule)) for _ in range(5)] for rule in rules] + [
         [teacher_talk(rng, chat) for _ in range(3)]]
@@ -250,9 +250,9 @@ def problems(rng, n, names, test, others=()):
     while len(found) < n:
         problem = draw(rng, names, test)
         events, numbers = zip(*problem.events)
-        # R1 tells a story of one event with a number that is one less: no test pair, either.
-        seen = TEST_PAIRS[problem.start, numbers[0] - (len(events) == 1)]
-        if problem.forward()[0] not in known and (test or events not in HELD_OUT and not seen):
+        # R1 makes a story's last number one less: that must not give its probe a test pair.
+        leak = TEST_PAIRS[problem.start, numbers[0] - (len(events) == 1)]
+        if problem.forward()[0] not in known and (test or events not in HELD_OUT and not leak):
             found[problem.forward()[0]] = problem
     return list(found.values())
 

@@ -27,7 +27,7 @@ EVENTS = {  # event: (operation, sentence, why the operation is right)
     "shares": ("/", "{A} shares all {o} equally among {n} friends.", "every friend gets as many")}
 HELD_OUT = {("finds", "gives"), ("finds", "gets"), ("gives", "finds"), ("gives", "loses"),
             ("buys", "finds"), ("buys", "loses")}  # events that no training question joins
-FLIP = {"gives": "finds", "gets": "loses", "finds": "loses", "loses": "finds"}
+FLIP = {"gives": "finds", "gets": "loses", "finds": "loses", "loses": "finds"}  # the opposite
 DO = {"+": "add", "-": "subtract", "x": "multiply by", "/": "divide by"}
 UNDO = {"+": "-", "-": "+", "x": "/", "/": "x"}
 APPLY = {"+": lambda v, n: v + n, "-": lambda v, n: v - n, "x": lambda v, n: v * n,
@@ -138,7 +138,7 @@ def counterfactual(p):
     """The last number of the story is one less, which is always possible."""
     event, n = p.events[-1]
     twin = p._replace(events=(*p.events[:-1], (event, n - 1)))
-    return twin.forward() if event in FLIP else None
+    return twin.forward() if EVENTS[event][0] in "+-" else None
 
 
 def challenge(p):
@@ -157,7 +157,7 @@ def decomposition(p):
 def why(p):
     event, op, _, n, _ = p.steps()[0]
     kinds = [event if op == "-" else "loses", event if op == "+" else "finds",
-             event if op in "x/" else "buys"]
+             event if op in "x/" else "buys"]  # one for each reason: less, more, as many
     right, *reasons = [p.say(EVENTS[kind][2]) for kind in (event, *kinds)]
     probe, letter = choose(p, f"{p.first().story()} Why does one {DO[op]} {n}?", reasons, right)
     return (probe, f"One must {DO[op]} {n}, because {right}. That is ({letter}).",
