@@ -611,6 +611,7 @@ class KVCache:
     def __init__(self, n_rows: int, device):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
         self.layers = []             # [keys, values] of each layer, (B, H, S, D)
+        self.rows = None             # (B,), those in the forward pass: from here on B may be less
         self.positions = None        # (B, T), of the tokens in the forward pass
         self.n_slots = 0             # slots in use, in blocks: shapes change rarely
         self.block = 16 if device.type == "cpu" else 128
@@ -622,12 +623,13 @@ class KVCache:
         """Called by each layer: stores keys and values (B, H, T, D), returns all, (B, H, S, D)."""
         if layer_idx == len(self.layers):
             self.layers.append([x[:, :, :0] for x in (keys, values)])
-        layer, rows = self.layers[layer_idx], torch.arange(len(keys), device=keys.device)
+        layer, rows = self.layers[layer_idx], self.rows
         for i, new in enumerate((keys, values)):
             if layer[i].shape[2] < self.n_slots:
                 layer[i] = F.pad(layer[i], (0, 0, 0, self.n_slots - layer[i].shape[2]))
             layer[i][rows[:, None], :, self.positions] = new.transpose(1, 2)        # (B, T, H, D)
-        return [store[:, :, :self.n_slots] for store in layer]
+        rows = rows if len(rows) < len(self.lengths) else slice(None)  # a slice copies nothing
+        return [store[rows, :, :self.n_slots] for store in layer]
 
     def select(self, rows: list):
         """New row i is old row rows[i]: rows are repeated (prompts, forks) or left out."""
@@ -647,9 +649,10 @@ def attention_mask(config, visible, distance):
     return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 
-def next_logits(model, cache: KVCache, ids, positions, last=-1):
-    """Reads ids at positions (B, T) -> the logits after token `last` of each row, (B, V)."""
-    cache.positions = positions
+def next_logits(model, cache: KVCache, ids, positions, rows, last=-1):
+    """Reads ids at positions (B, T) of these rows of the cache -> the logits after token `last` of
+    each row, (B, V)."""
+    cache.rows, cache.positions = rows, positions
     slots = torch.arange(cache.n_slots, device=positions.device)
     distance = positions[..., None] - slots                                         # (B, T, S)
     mask = attention_mask(model.config.get_text_config(), distance >= 0, distance)
@@ -666,7 +669,8 @@ def prefill(model, cache: KVCache, chunks: list):
     positions = positions.clamp(max=context_size(model) - 1)  # padding may lie beyond the context
     cache.reserve(max(cache.lengths) + ids.shape[1])
     cache.lengths = [length + count for length, count in zip(cache.lengths, counts)]
-    return next_logits(model, cache, ids, positions, last - 1)
+    rows = torch.arange(len(chunks), device=model.device)
+    return next_logits(model, cache, ids, positions, rows, last - 1)
 
 
 class CudaGraphDecoder:
@@ -681,20 +685,20 @@ class CudaGraphDecoder:
         self.n_slots = self.graph = self.inputs = self.logits = None
         self.possible = True
 
-    def __call__(self, model, cache, ids, positions):
+    def __call__(self, model, cache, ids, positions, rows):
         if not self.possible or self.n_slots != cache.n_slots:
             self.n_slots, self.graph = cache.n_slots, None
-            return next_logits(model, cache, ids, positions)
+            return next_logits(model, cache, ids, positions, rows)
         if self.graph is None:
             self.inputs, self.graph = (ids.clone(), positions.clone()), torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(self.graph):
-                    self.logits = next_logits(model, cache, *self.inputs)
+                    self.logits = next_logits(model, cache, *self.inputs, rows)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 self.possible = False
-                return self(model, cache, ids, positions)
+                return self(model, cache, ids, positions, rows)
         for fixed, new in zip(self.inputs, (ids, positions)):
             fixed.copy_(new)
         self.graph.replay()
@@ -734,9 +738,9 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
     if not logits.isfinite().all():
         raise UserError("the model's logits are not all finite numbers: its weights are spoiled, "
                         "as by too large an --lr or --sft-lr; start again from others")
-    rows = [i for i in range(len(prompts)) for _ in range(group_size)]
-    cache.select(rows)
-    logits, prompts, B = logits[rows], [prompts[i] for i in rows], len(rows)
+    copies = [i for i in range(len(prompts)) for _ in range(group_size)]
+    cache.select(copies)
+    logits, prompts, B = logits[copies], [prompts[i] for i in copies], len(copies)
     longest = max(cache.lengths)
     if longest >= context:
         raise UserError(f"a prompt of {longest} tokens leaves no room for a reply: the model reads "
@@ -744,18 +748,19 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
     max_new_tokens = min(max_new_tokens, context - longest)
     lengths, stop = (torch.tensor(x, device=device) for x in (cache.lengths, stop_ids))
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(B, max_new_tokens, device=device)
-    running = torch.ones(B, dtype=torch.bool, device=device)
+    logps = torch.zeros(B, max_new_tokens, dtype=torch.float64, device=device)
+    running, rows = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
     decode = CudaGraphDecoder() if device.type == "cuda" else next_logits
     for t in range(max_new_tokens):
         uniform = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
-        tokens[:, t], logps[:, t] = sample_token(logits, temperature, uniform)
+        tokens[rows, t], logps[rows, t] = sample_token(logits, temperature, uniform[rows])
         running &= ~torch.isin(tokens[:, t], stop)
-        # Finished rows run on until all are. To ask a GPU for a value is to wait for it.
+        # To ask a GPU for a value is to wait for it. So finished rows leave on a CPU only.
         if t + 1 == max_new_tokens or (device.type == "cpu" or t % 8 == 7) and not running.any():
             break
+        rows = running.nonzero().flatten() if device.type == "cpu" else rows
         cache.reserve(longest + t + 1)
-        logits = decode(model, cache, tokens[:, t:t + 1], (lengths + t)[:, None])   # (B, V)
+        logits = decode(model, cache, tokens[rows, t:t + 1], (lengths + t)[rows, None], rows)
     ended = torch.isin(tokens, stop).long()
     counts = (ended.cumsum(1) == ended).sum(1).tolist()  # tokens up to and with the first stop
     replies = [finish(ids[:n])[0] for ids, n in zip(tokens.tolist(), counts)]
