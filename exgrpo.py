@@ -23,22 +23,22 @@ arXiv 2603.19266). D_EI, the file of probes that ei.py writes -> a model, a Hugg
     L_SFT, L_aux (3, 8)    sft_backward                       --aux-weight    nats a token
 
 Letters in shape comments: B sequences, T tokens, V vocabulary, Q questions of a step, G dialogues
-of a group (in (2, Q, G) first the full ones, then the partial ones), N trained tokens, S slots of
-the KV cache, H heads, D width, R rows of P places.
+of a group (in (2, Q, G) first the full ones, then the partial ones; with --turns 0 there are full
+ones only, (1, Q, G)), N trained tokens, S slots of the KV cache, H heads, D width, R rows of P
+places.
 
 Where the paper is silent or ambiguous, we chose:
- 1. A partial dialogue is forked from the full one (--partial independent: sampled apart). The fork
-    point k' is uniform on 0..k-1, drawn once a question.
+ 1. A partial dialogue is forked from the full one after k' probes, k' uniform on 0..k-1 and drawn
+    once a question (--partial independent: sampled apart). A question with fewer than k probes uses
+    all.
  2. What a group is: dialogue_advantages. What a reply to a probe is paid for: reply_advantages.
- 3. The warm-up also trains on the question, and in dialogues: sft_examples. A question with fewer
-    than k probes uses all.
- 4. Eq. 7 is averaged over all trained tokens of the step. KL is k3, per token.
- 5. Dialogues whose replies all have advantage 0 are not forwarded: no KL, but their tokens count in
-    the divisor of Eq. 7.
- 6. Eq. 8 trains the teacher's reply at every probe turn, not the final turn, and is a mean over
+ 3. The warm-up also trains on the question, and in dialogues: sft_examples.
+ 4. Eq. 7 is averaged over all trained tokens of the step. A dialogue whose replies all have
+    advantage 0 is not forwarded: no KL, but its tokens count in the divisor. KL is k3, per token.
+ 5. Eq. 8 trains the teacher's reply at every probe turn, not the final turn, and is a mean over
     tokens, where the paper has a sum.
- 7. A reply that is truncated by the token limit is wrong, whatever it says.
- 8. The values of delta, nu, the weight of Eq. 8 and the learning rates (see main) are ours.
+ 6. A reply that is truncated by the token limit is wrong, whatever it says.
+ 7. The values of delta, nu, the weight of Eq. 8 and the learning rates (see main) are ours.
 """
 from __future__ import annotations
 
@@ -60,11 +60,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging as transformers_logging
 
 import reward
 
@@ -73,7 +72,7 @@ MAX_GRAD_NORM = 1.0
 
 # ==================================================================================== 1. the method
 
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+def group_advantages(rewards: Tensor) -> Tensor:
     """(reward - mean) / (std + 1e-4) within each group: (groups, members) -> same shape.
 
     Unbiased std and 1e-4 are those of GRPO in TRL. If all rewards of a group are equal, the result
@@ -85,8 +84,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return ((rewards - mean) / (std + 1e-4)).masked_fill(equal, 0.0).to(rewards.dtype)
 
 
-def dialogue_advantages(outcomes: torch.Tensor, rewards: torch.Tensor,
-                        variant: str) -> torch.Tensor:
+def dialogue_advantages(outcomes: Tensor, rewards: Tensor, variant: str) -> Tensor:
     """R_outcome and R_total of full and then partial dialogues, (2, Q, G) -> advantages (2, Q, G).
 
     separate   Each scenario is normalised by its own mean and deviation. The bonus scales {0, 1} to
@@ -95,7 +93,6 @@ def dialogue_advantages(outcomes: torch.Tensor, rewards: torch.Tensor,
                push correct partial dialogues below the mean.
     added      Each scenario is normalised on its outcome, then the bonus, which is not normalised,
                is added to the advantage of correct full dialogues. Nothing correct is pushed down.
-    With --turns 0 there are full dialogues only, and all shapes are (1, Q, G).
     """
     if variant == "pooled":
         pooled = group_advantages(rewards.transpose(0, 1).flatten(1))               # (Q, 2G)
@@ -106,16 +103,15 @@ def dialogue_advantages(outcomes: torch.Tensor, rewards: torch.Tensor,
     return group_advantages(outcomes.flatten(0, 1)).view_as(outcomes) + bonus
 
 
-def policy_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor,
-                advantages: torch.Tensor, mask: torch.Tensor, *, epsilon: float, beta: float,
-                n_tokens: int | None = None) -> tuple[torch.Tensor, dict]:
+def policy_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor,
+                mask: Tensor, *, epsilon: float, beta: float,
+                n_tokens: int | None = None) -> tuple[Tensor, dict]:
     """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
 
     logps, old_logps, ref_logps, mask (B, T); advantages, one a dialogue (B,) or one a token (B, T).
     (update: T-1 columns, column t is about token t+1.) Sums are divided by n_tokens: the trained
     tokens of the whole step, if these rows are a micro-batch of it; by default, those of mask.
-    Returns the loss and detached stats (kl, clip_share).
-    """
+    Returns the loss and detached stats (kl, clip_share)."""
     mask = mask.bool()
     n_tokens = mask.sum() if n_tokens is None else n_tokens
     logps, old_logps, ref_logps = (  # not x * mask: nan * 0 is nan
@@ -147,8 +143,7 @@ class Rollout(NamedTuple):
 def rollout(model, chat: Chat, questions: list, args, step: int) -> Rollout:
     """Draws up to k probes of each question and samples its G full and G partial dialogues."""
     rng = np.random.default_rng([args.seed, step, 1])
-    generator = torch.Generator(model.device)
-    generator.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)
+    generator = torch.Generator(model.device).manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)
     probes = [[row["probes"][i] for i in rng.permutation(len(row["probes"]))[:args.turns]]
               for row in questions]
     forks = [int(rng.integers(len(drawn))) if drawn else 0 for drawn in probes]     # k' in 0..k-1
@@ -196,9 +191,7 @@ def sample_dialogues(model, chat: Chat, scripts: list, args, generator,
 
 def grade(chat: Chat, played: Rollout) -> list:
     """Does each reply state the answer to its turn? A truncated reply states nothing.
-
-    For each full and then each partial dialogue a list of bools, one a reply.
-    """
+    For each full and then each partial dialogue a list of bools, one a reply."""
     G, verdicts = len(played.full) // len(played.questions), []
     for b, dialogue in enumerate(played.full + played.partial):
         q = b % len(played.full) // G  # a partial dialogue's question is that of its twin
@@ -209,12 +202,9 @@ def grade(chat: Chat, played: Rollout) -> list:
     return verdicts
 
 
-def compute_rewards(verdicts: list, args) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_rewards(verdicts: list, args) -> tuple[Tensor, Tensor]:
     """R_outcome (Eq. 4) and R_total (Eqs. 5 and 6) of full and then partial dialogues, (2, Q, G).
-
-    Of grade()'s verdicts only a dialogue's last counts. With --turns 0 there is no bonus, and
-    shapes are (1, Q, G).
-    """
+    Of grade()'s verdicts only a dialogue's last counts. With --turns 0 there is no bonus."""
     last = torch.tensor([own[-1] for own in verdicts], dtype=torch.float64)         # Eq. 4
     outcomes = last.view(2 if args.turns else 1, -1, args.group_size)
     if args.turns == 0:
@@ -224,7 +214,7 @@ def compute_rewards(verdicts: list, args) -> tuple[torch.Tensor, torch.Tensor]:
     return outcomes, torch.tensor(totals, dtype=torch.float64).transpose(0, 1)
 
 
-def reply_advantages(verdicts: list, advantages: torch.Tensor, args) -> list:
+def reply_advantages(verdicts: list, advantages: Tensor, args) -> list:
     """Advantages of dialogues (2, Q, G) -> those of their replies, in the form of verdicts.
 
     --credit outcome  Every reply gets its dialogue's advantage. A forked pair trains its common
@@ -325,12 +315,10 @@ def sft_examples(question: dict, args, rng) -> list:
     """The examples of the warm-up that a question gives: lists of rows, each list one dialogue.
     --sft-form single: one probe, or the question. dialogue: 1 to k + 1 of them in random order; the
     question is the last of its dialogue."""
-    rows, examples = [question, *question["probes"]], []
-    if args.sft_form == "single":
-        return [[row] for row in rows]
-    rows[1:] = rng.permutation(rows[1:])
+    rows, examples = [question, *rng.permutation(question["probes"])], []
+    longest = args.turns + 1 if args.sft_form == "dialogue" else 1
     while rows:
-        n = rng.integers(1, args.turns + 2)
+        n = rng.integers(1, longest + 1)
         examples.append(rows[:n][::-1])
         rows = rows[n:]
     return examples
@@ -374,9 +362,9 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
     reference = load_reference(args, policy, source)
     questions = rl_samples(questions, args.rl_data)
     order = data_order(len(questions), args.steps * args.questions_per_step, args.seed)
-    start = load_checkpoint(args, "ExGRPO", policy, optimizer)
-    if start == 0 and args.sft_epochs:
+    if args.sft_epochs:
         evaluate_checkpoint(args, "after SFT", policy, chat, tests)
+    start = load_checkpoint(args, "ExGRPO", policy, optimizer)
     if start > args.steps:
         raise UserError(f"--resume: {start} steps are done, more than --steps {args.steps}")
     with tqdm(range(start, args.steps), initial=start, total=args.steps, desc="ExGRPO") as bar:
@@ -412,8 +400,7 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
 
 def data_order(n: int, total: int, seed: int) -> list:
     """`total` indices below n: epoch after epoch, each in a new order that depends on the seed."""
-    epochs = range(-(-total // n))
-    return [int(i) for epoch in epochs
+    return [int(i) for epoch in range(-(-total // n))
             for i in np.random.default_rng([seed, epoch]).permutation(n)][:total]
 
 
@@ -425,12 +412,10 @@ BAR = ("reward {reward:.2f} full {acc_full:.2f} partial {acc_partial:.2f} kl {kl
        "clip {clip_share:.3f} {tokens_per_s:.0f} tok/s")
 
 
-def rollout_metrics(chat: Chat, played: Rollout, verdicts, outcomes, rewards, advantages,
-                    args) -> dict:
+def rollout_metrics(chat, played: Rollout, verdicts, outcomes, rewards, advantages, args) -> dict:
     """The columns of metrics.csv that describe a rollout."""
-    def mean(values):
-        values = np.asarray(values, dtype=float)
-        return float(values.mean()) if values.size else float("nan")
+    def mean(values):  # nan if there is none
+        return torch.as_tensor(values, dtype=torch.float64).mean().item()
     full, partial = outcomes[0], outcomes[1:]                                       # (., Q, G)
     replies = [len(ids) for dialogue in played.full for ids in dialogue.replies]
     fresh = -1 if args.partial == "forked" else 0  # a fork's earlier replies are copies
@@ -483,8 +468,7 @@ def teacher_reply(row: dict) -> str:
 
 class Chat:
     """Turns <-> token ids. A dialogue only grows: nothing that was sampled is encoded again.
-    A model without chat template gets "Question: ... Answer:".
-    """
+    A model without a chat template gets "Question: ... Answer:"."""
 
     def __init__(self, tokenizer, model):
         self.tokenizer, self.context = tokenizer, context_size(model)
@@ -842,10 +826,10 @@ class PackedTrees(NamedTuple):
     """R prefix trees of B dialogues, one tree a row, padded to P places. Dialogues that begin alike
     share places: [1, 2, 3] and [1, 2, 4] become ids [1, 2, 3, 4] and the paths [0, 1, 2] and
     [0, 1, 3]."""
-    ids: torch.Tensor        # (R, P)
-    visible: torch.Tensor    # (R, P, P), bool: a query sees itself and its ancestors
-    paths: torch.Tensor      # (B, T), the places of a dialogue's tokens, as r * P + place
-    mask: torch.Tensor       # (B, T), 1 = trained; 0 elsewhere and after the dialogue's end
+    ids: Tensor        # (R, P)
+    visible: Tensor    # (R, P, P), bool: a query sees itself and its ancestors
+    paths: Tensor      # (B, T), the places of a dialogue's tokens, as r * P + place
+    mask: Tensor       # (B, T), 1 = trained; 0 elsewhere and after the dialogue's end
 
 
 def prefix_trees(rows: list, budget: int, width: int) -> list:
@@ -1282,8 +1266,7 @@ def parse_args():
     positive = at_least(0, float, above=True)
     add = parser.add_argument_group("what to train, on what").add_argument
     add("--student", default=TOY_STUDENT, help="local folder or Hub name")
-    add("--probes", nargs="+", metavar="FILE", default=[TOY + "probes.jsonl"],
-        help="D_EI files from ei.py")
+    add("--probes", nargs="+", metavar="FILE", default=[TOY + "probes.jsonl"], help="D_EI files")
     add("--out", default="runs/exgrpo", help="folder of the run, new or empty unless --resume")
     add("--resume", action="store_true", help="go on with the run in --out")
     add = parser.add_argument_group("the method").add_argument
@@ -1312,15 +1295,15 @@ def parse_args():
     add("--questions-per-step", type=count, default=12, help="Q, questions in a step")
     add("--updates", type=count, default=1, help="updates per step on the same samples")
     add("--lr", type=positive, help="of AdamW in ExGRPO; None: 3.5e-6 * 3584 / width, LoRA: * 10")
-    add("--sft-lr", type=positive, help="of the warm-up; None: 1e-5 * 3584 / width, LoRA: * 10")
+    add("--sft-lr", type=positive, help="of the warm-up; None: 7e-6 * 3584 / width, LoRA: * 10")
     add("--sft-batch-size", type=count, default=16, help="examples in a step of the warm-up")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
     add("--max-new-tokens", type=count, default=256, help="longest reply, tokens")
     add("--lora-rank", type=natural, default=0, help="LoRA rank; 0 trains all weights")
     add("--lora-alpha", type=positive, default=32.0, help="LoRA scale * rank")
     add = parser.add_argument_group("the machine").add_argument
-    add("--micro-batch-tokens", type=count, default=4096,
-        help="padded tokens in a forward pass of training: memory, not the result")
+    add("--micro-batch-tokens", type=count, help="padded tokens in a forward pass of training: "
+        "memory and speed, not the result; None: 1024 on a CPU, 4096 on a GPU")
     add("--bf16", action="store_true", help="bf16 autocast; trained weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--save-every", type=count, default=20, help="steps between checkpoints")
@@ -1407,8 +1390,6 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 def difference(after: str, before: str) -> str:
     """What two models' verdicts on the same questions differ by, per cent, and p."""
-    if len(after) != len(before):
-        return "-"
     pairs = list(zip(after, before))
     gained, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
     return f"{100 * (gained - lost) / len(after):+.1f} (p = {mcnemar(gained, lost):.1g})"
@@ -1422,7 +1403,7 @@ def print_summary(args):
             for label, found in table.items()}
     sft, end = (table.get(label) for label in ("after SFT", f"after step {args.steps}"))
     if sft and end:
-        rows["ExGRPO - SFT"] = {name: difference(end[name], sft.get(name, "")) for name in end}
+        rows["ExGRPO - SFT"] = {name: difference(end[name], sft[name]) for name in end}
     if rows:
         print("\n% right (95 % interval)" + "".join(f"{name:>22}" for name in names))
     for label, cells in rows.items():
@@ -1441,7 +1422,8 @@ def main():
     # Adam moves every weight by about the learning rate, so a layer's output moves in proportion
     # to its width. Rates for 7B models (width 3584) are scaled. LoRA takes ten times as much.
     scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
-    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 1e-5 * scale
+    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 7e-6 * scale
+    args.micro_batch_tokens = args.micro_batch_tokens or (1024 if device.type == "cpu" else 4096)
     chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
         signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
