@@ -739,10 +739,12 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
         uniform = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
         tokens[rows, t], logps[rows, t] = sample_token(logits, temperature, uniform[rows])
         running &= ~torch.isin(tokens[:, t], stop)
-        # To ask a GPU for a value is to wait for it. So finished rows leave on a CPU only.
+        # To ask a GPU for a value is to wait for it. So finished rows leave on a CPU only, and once
+        # they are half of all: to leave rows of the cache out is to copy the others.
         if t + 1 == max_new_tokens or (device.type == "cpu" or t % 8 == 7) and not running.any():
             break
-        rows = running.nonzero().flatten() if device.type == "cpu" else rows
+        if device.type == "cpu" and 2 * running.sum() <= B:
+            rows = running.nonzero().flatten()
         cache.reserve(longest + t + 1)
         logits = decode(model, cache, tokens[rows, t:t + 1], (lengths + t)[rows, None], rows)
     ended = torch.isin(tokens, stop).long()

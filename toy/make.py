@@ -1,6 +1,6 @@
 """Makes toy/: word problems, a teacher and a student, all from a seed.
 
-    python toy/make.py     # 40 minutes on two cores; takes torch 2.9, for its Muon; no pictures
+    python toy/make.py     # 40 minutes on two cores; no pictures
 
 The world of the problems is in world.py. Its ORACLE knows the probe of every rule: the teacher
 learns from it, and ei_test.jsonl is made of it.
@@ -188,6 +188,25 @@ def make_model(tokenizer, width, layers, seed):
         pad_token_id=tokenizer.pad_token_id, rope_parameters=ROPE))
 
 
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon in fp32: 25 times as fast on a CPU without bf16 products."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                momentum.lerp_(w.grad, 0.05)
+                x = w.grad.lerp(momentum, 0.95)
+                x = x.T / x.norm() if x.shape[0] > x.shape[1] else x / x.norm()
+                for _ in range(5):  # Newton-Schulz: all singular values go to about 1
+                    xx = x @ x.T
+                    x = 3.4445 * x + (2.0315 * xx @ xx - 4.775 * xx) @ x
+                x = x if x.shape == w.shape else x.T
+                w.mul_(1 - 0.01 * group["lr"])
+                w.sub_(x, alpha=group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+
+
 def shared_backward(model, dialogues, weight):
     """exgrpo.sft_backward of dialogues that begin with the same long prompt. It is read once, and
     they all attend to its keys and values: much less work than in exgrpo's trees."""
@@ -224,7 +243,7 @@ def pretrain(model, chat, lessons, steps, muon):
     others = [w for w in model.parameters() if not any(w is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01)]
     if muon:
-        optimizers.append(torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01))
+        optimizers.append(Muon(matrices, {"lr": 0.02}))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(  # up, level, down
         (step + 1) / 50, 1.0, 2.02 - 2 * step / steps)) for optimizer in optimizers]
     with tqdm(range(steps)) as bar:
@@ -250,8 +269,8 @@ def problems(rng, n, names, test, others=()):
     while len(found) < n:
         problem = draw(rng, names, test)
         events, numbers = zip(*problem.events)
-        # R1 makes a story's last number one less: that must not give its probe a test pair.
-        leak = TEST_PAIRS[problem.start, numbers[0] - (len(events) == 1)]
+        # R1 and R6 make a number one less: that must not give a probe a test pair.
+        leak = TEST_PAIRS[problem.start, numbers[0] - 1]
         if problem.forward()[0] not in known and (test or events not in HELD_OUT and not leak):
             found[problem.forward()[0]] = problem
     return list(found.values())

@@ -27,7 +27,6 @@ EVENTS = {  # event: (operation, sentence, why the operation is right)
     "shares": ("/", "{A} shares all {o} equally among {n} friends.", "every friend gets as many")}
 HELD_OUT = {("finds", "gives"), ("finds", "gets"), ("gives", "finds"), ("gives", "loses"),
             ("buys", "finds"), ("buys", "loses")}  # events that no training question joins
-FLIP = {"gives": "finds", "gets": "loses", "finds": "loses", "loses": "finds"}  # the opposite
 DO = {"+": "add", "-": "subtract", "x": "multiply by", "/": "divide by"}
 UNDO = {"+": "-", "-": "+", "x": "/", "/": "x"}
 APPLY = {"+": lambda v, n: v + n, "-": lambda v, n: v - n, "x": lambda v, n: v * n,
@@ -177,12 +176,13 @@ def mechanism(p):
 
 
 def contrast(p):
+    """Somebody else starts with as many; the first number is one less, which is always possible."""
     event, n = p.events[0]
-    C = after(p.A) if after(p.A) != p.B else after(p.B)
-    twin = p._replace(A=C, events=((FLIP.get(event), n),))
-    if event not in FLIP or not twin.valid():
+    if EVENTS[event][0] not in "+-":
         return None
-    more = max((p.first().result(), p.A), (twin.result(), C))[1]
+    C = after(p.A) if after(p.A) != p.B else after(p.B)
+    twin = p._replace(A=C, events=((event, n - 1),))
+    more = p.A if p.first().result() > twin.result() else C
     probe, letter = choose(p, f"{p.first().story()} {twin.story()} "
                            + p.say("Who has more {o} now?"), [p.A, C, "both the same"], more)
     return (probe, f"{p.first().reasoning()} {twin.reasoning()[:-1]}, so {more} has more. "
