@@ -184,13 +184,17 @@ def test_the_ablation_tables_are_those_of_the_recorded_runs(monkeypatch, capsys,
     """toy/README.md shows what ablation.py prints of tests/data/ablation.jsonl, of today's D_EI and
     flags: a toy that is made again, or an arm that changes, asks for new runs."""
     runs = os.path.join(ROOT, "tests", "data", "ablation.jsonl")
-    arms = {row["arm"] for _, row in exgrpo.read_jsonl(runs)}
+    arms = {}  # {files that were asked: arms}
+    for _, row in exgrpo.read_jsonl(runs):
+        arms.setdefault(tuple(row["eval"]), {})[row["arm"]] = True
     monkeypatch.setattr(ablation, "run", None)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--known", runs, "--out", str(tmp_path),
-                                      "--arms", *arms])
-    ablation.main()
-    for table in capsys.readouterr().out.strip().split("\n\n"):
-        assert table in PAGES["toy/README.md"]
+    for files, names in arms.items():
+        monkeypatch.setattr(sys, "argv", [
+            "ablation.py", "--known", runs, "--out", str(tmp_path), "--arms", *names,
+            "--eval", *(os.path.join(ROOT, "toy", file) for file in files)])
+        ablation.main()
+        for table in capsys.readouterr().out.strip().split("\n\n"):
+            assert table in PAGES["toy/README.md"]
 
 
 def test_each_known_bug_has_its_tests_and_each_test_file_its_line():
