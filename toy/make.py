@@ -1,6 +1,6 @@
 """Makes toy/: word problems, a teacher and a student, all from a seed.
 
-    python toy/make.py     # 40 minutes on two cores; no pictures
+    python toy/make.py     # 40 minutes on two cores of a Zen 4, longer on older ones; no pictures
 
 The world of the problems is in world.py. Its ORACLE knows the probe of every rule: the teacher
 learns from it, and ei_test.jsonl is made of it.
