@@ -595,7 +595,7 @@ class KVCache:
     def __init__(self, n_rows: int, device):
         self.lengths = [0] * n_rows  # tokens of each row whose keys and values are valid
         self.layers = []             # [keys, values] of each layer, (B, H, S, D)
-        self.rows = None             # (B,), those in the forward pass: from here on B may be less
+        self.rows = None             # (B,), the rows in the forward pass: all, or some
         self.positions = None        # (B, T), of the tokens in the forward pass
         self.n_slots = 0             # slots in use, in blocks: shapes change rarely
         self.block = 16 if device.type == "cpu" else 128
@@ -739,10 +739,10 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
         uniform = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
         tokens[rows, t], logps[rows, t] = sample_token(logits, temperature, uniform[rows])
         running &= ~torch.isin(tokens[:, t], stop)
-        # To ask a GPU for a value is to wait for it. So finished rows leave on a CPU only, and once
-        # they are half of all: to leave rows of the cache out is to copy the others.
+        # To ask a GPU for a value is to wait for it.
         if t + 1 == max_new_tokens or (device.type == "cpu" or t % 8 == 7) and not running.any():
             break
+        # Finished rows are left out once they are half of all: the others' keys are copied then.
         if device.type == "cpu" and 2 * running.sum() <= B:
             rows = running.nonzero().flatten()
         cache.reserve(longest + t + 1)

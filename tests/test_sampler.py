@@ -117,7 +117,8 @@ def test_rows_of_the_cache_are_repeated_forked_and_dropped(loaded, kind):
 
 def test_a_groups_prompt_is_read_once(loaded, monkeypatch):
     """What makes sampling fast: two prompts and not six are read, then one token a row, and in a
-    later turn the new tokens only. Once half have finished, a CPU reads the others alone."""
+    later turn the new tokens only. Once half have finished, a CPU reads the others alone, and
+    when all have, nothing more."""
     model, chat = loaded("llama")
     shapes, own = [], exgrpo.next_logits
     monkeypatch.setattr(exgrpo, "next_logits", lambda model, cache, ids, *args:
