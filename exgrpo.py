@@ -1288,7 +1288,7 @@ def parse_args():
     add("--nu", type=at_least(1, float), default=1.0, help="margin of the bonus, Eq. 5")
     add("--beta", type=size, default=0.01, help="weight of the KL penalty, Eq. 7")
     add("--epsilon", type=positive, default=0.2, help="clip range, Eq. 7")
-    add("--aux-weight", type=size, default=0.01, help="weight of the SFT loss, Eq. 8")
+    add("--aux-weight", type=size, default=0.1, help="weight of the SFT loss, Eq. 8")
     add("--sft-epochs", type=natural, default=3, help="warm-up, Eq. 3; 0: a cold start")
     add("--sft-form", choices=["single", "dialogue"], help="an example of the warm-up: a probe or "
         "question, or a dialogue of 1 to k + 1; None: dialogue, where there are probes")
@@ -1297,7 +1297,7 @@ def parse_args():
     add("--questions-per-step", type=count, default=12, help="Q, questions in a step")
     add("--updates", type=count, default=1, help="updates per step on the same samples")
     add("--lr", type=positive, help="of AdamW in ExGRPO; None: 3.5e-6 * 3584 / width, LoRA: * 10")
-    add("--sft-lr", type=positive, help="of the warm-up; None: 7e-6 * 3584 / width, LoRA: * 10")
+    add("--sft-lr", type=positive, help="of the warm-up; None: as for --lr")
     add("--sft-batch-size", type=count, default=16, help="examples in a step of the warm-up")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
     add("--max-new-tokens", type=count, default=256, help="longest reply, tokens")
@@ -1424,7 +1424,7 @@ def main():
     # Adam moves every weight by about the learning rate, so a layer's output moves in proportion
     # to its width. Rates for 7B models (width 3584) are scaled. LoRA takes ten times as much.
     scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
-    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 7e-6 * scale
+    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 3.5e-6 * scale
     args.micro_batch_tokens = args.micro_batch_tokens or (1024 if device.type == "cpu" else 4096)
     chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
