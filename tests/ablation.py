@@ -63,13 +63,14 @@ def unfiltered(rows, rng):
     """As many questions and probes as the filters kept, drawn from all that could be read."""
     kept = [row for row in rows if row["kept"]]
     n_probes = sum(p["consistent"] for row in kept for p in row["probes"])
-    able = [row for row in rows if row["probes"]]
-    able = [able[i] for i in rng.permutation(len(able))[:len(kept)]]
-    pool = [(row["id"], probe["rule"]) for row in able for probe in row["probes"]]
+    able, pool = [row for row in rows if row["probes"]], []
+    while len(pool) < n_probes:  # where hardly any was rejected, a draw can hold too few
+        drawn = [able[i] for i in rng.permutation(len(able))[:len(kept)]]
+        pool = [(row["id"], probe["rule"]) for row in drawn for probe in row["probes"]]
     taken = {pool[i] for i in rng.permutation(len(pool))[:n_probes]}
     return [row | {"kept": True, "probes": [
         probe | {"consistent": True} for probe in row["probes"]
-        if (row["id"], probe["rule"]) in taken]} for row in able]
+        if (row["id"], probe["rule"]) in taken]} for row in drawn]
 
 
 # As near to the paper's words as it can be told. It gives no values: they are ours.
@@ -92,7 +93,7 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "independent": (None, ["--partial", "independent"]),
     "no L_aux": (None, ["--aux-weight", "0"]),
     "aux 1": (None, ["--aux-weight", "1"]),
-    "outcome credit, aux 1": (None, ["--credit", "outcome", "--aux-weight", "1"]),
+    "outcome credit, no L_aux": (None, ["--credit", "outcome", "--aux-weight", "0"]),
     "k = 2": (None, ["--turns", "2", "--questions-per-step", "9"]),
     "k = 5": (None, ["--turns", "5", "--questions-per-step", "5"]),
     "k = 5, outcome credit": (
