@@ -1297,7 +1297,7 @@ def parse_args():
     add("--questions-per-step", type=count, default=12, help="Q, questions in a step")
     add("--updates", type=count, default=1, help="updates per step on the same samples")
     add("--lr", type=positive, help="of AdamW in ExGRPO; None: 3.5e-6 * 3584 / width, LoRA: * 10")
-    add("--sft-lr", type=positive, help="of the warm-up; None: as for --lr")
+    add("--sft-lr", type=positive, help="of the warm-up; None: the default of --lr")
     add("--sft-batch-size", type=count, default=16, help="examples in a step of the warm-up")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
     add("--max-new-tokens", type=count, default=256, help="longest reply, tokens")
