@@ -1424,7 +1424,7 @@ def main():
     # Adam moves every weight by about the learning rate, so a layer's output moves in proportion
     # to its width. Rates for 7B models (width 3584) are scaled. LoRA takes ten times as much.
     scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
-    args.lr, args.sft_lr = args.lr or 3.5e-6 * scale, args.sft_lr or 3.5e-6 * scale
+    args.lr, args.sft_lr = (rate or 3.5e-6 * scale for rate in (args.lr, args.sft_lr))
     args.micro_batch_tokens = args.micro_batch_tokens or (1024 if device.type == "cpu" else 4096)
     chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
     for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
