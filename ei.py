@@ -324,7 +324,7 @@ def leaks(probe: str, row: dict) -> bool:
         new = set(NUMBER.findall(probe)) - set(NUMBER.findall(question))
         if any(reward.is_correct(f"The answer is {n}.", gold, answer_type) for n in new):
             return True
-    if answer_type == "yesno" or NUMBER.fullmatch(gold):
+    if answer_type in ("yesno", "number") or answer_type == "math" and NUMBER.fullmatch(gold):
         return False
     if answer_type == "choice":  # the right option's words, and no other option's
         others = dict(OPTION.findall(question))
@@ -394,8 +394,8 @@ class Server:
 
     def __init__(self, args):
         if is_offline_mode():
-            raise UserError("HF_HUB_OFFLINE is set, so the client calls no server, not even a "
-                            "local one; unset it (models in local folders load without it)")
+            raise UserError("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so the client calls no "
+                            "server, not even a local one; unset it (local models load without)")
         url = args.teacher.rstrip("/")
         if re.search(r"/v\d[^?]*$", url) and not url.endswith("/chat/completions"):
             url += "/chat/completions"  # the client would add /v1 to Gemini's .../v1beta/openai
@@ -473,7 +473,7 @@ def resume(file, header: dict, questions: list[dict]) -> int:
     file.seek(0)
     content, mine = file.read(), dump({"ei": header})
     if not mine.startswith(content[:len(mine)]):
-        theirs = next(exgrpo.read_jsonl(file.name))[1].get("ei", {})
+        theirs = next(exgrpo.read_jsonl(file.name), ("", {}))[1].get("ei", {})
         changed = [f"{key} = {theirs.get(key)!r}, not {header.get(key)!r}"
                    for key in {**header, **theirs} if theirs.get(key) != header.get(key)]
         raise UserError(f"{file.name} was made with {', '.join(changed)}. Use its flags (prompts: "

@@ -45,7 +45,7 @@ def load_items(sources, split, limit):
         is_file = source.endswith(".jsonl")
         data = os.path.basename(source).removesuffix(".jsonl") if is_file else f"{source}.{split}"
         rows = (exgrpo.read_probes(source, or_questions=True)[1] if is_file else
-                ei.load_questions(source, split))[:limit]
+                ei.load_questions(source, split, limit))[:limit]
         if not rows:
             raise UserError(f"{source}: there is no question in it")
         if any(item["data"] == data for item in items):
@@ -122,7 +122,7 @@ def grade(row):
     gold, kind, cut = row["answer"], row["answer_type"], row["truncated"]
 
     def right(reply):
-        return not reply.get("truncated") and reward.is_correct(reply["output"], gold, kind)
+        return not reply["truncated"] and reward.is_correct(reply["output"], gold, kind)
     return row | {"extracted": None if cut else reward.extract_answer(row["output"], kind),
                   "correct": right(row), "samples_correct": sum(map(right, row["samples"]))}
 
@@ -141,13 +141,12 @@ def read_outputs(path):
         for key, kind in (ITEM | OUTPUT).items():
             if not isinstance(row.get(key), kind):
                 raise UserError(f'{where}: "{key}" is not as evaluate.py writes it')
-        # Older versions stored a sample's text alone: whether it was truncated is not known.
-        samples = [{"output": one} if isinstance(one, str) else one for one in row["samples"]]
-        if not all(isinstance(one, dict) and isinstance(one.get("output"), str) for one in samples):
+        if not all(isinstance(one, dict) and isinstance(one.get("output"), str)
+                   and isinstance(one.get("truncated"), bool) for one in row["samples"]):
             raise UserError(f'{where}: "samples" is not as evaluate.py writes it')
         key = f"{row['data']}: {row['id']}"
         exgrpo.check_question(row | {"id": key}, where, {"question": str, "answer": str}, seen)
-        rows.append(grade(row | {"samples": samples}))
+        rows.append(grade(row))
     if not rows:
         raise UserError(f"{path}: there is no answer in it")
     return rows
@@ -226,9 +225,9 @@ def report(rows, baseline=None, seed=0):
         if "output" in group[0]:
             result |= {"unparsed": sum(row["extracted"] is None for row in group) / n,
                        "truncated": mean(group, "truncated"), "tokens": mean(group, "tokens")}
-            cut = [sample.get("truncated") for row in group for sample in row["samples"]]
-            if cut and None not in cut:
-                result["samples_truncated"] = sum(map(bool, cut)) / len(cut)
+            samples = [sample for row in group for sample in row["samples"]]
+            if samples:
+                result["samples_truncated"] = mean(samples, "truncated")
             counts = [(len(row["samples"]), row["samples_correct"]) for row in group]
             for k in (2 ** power for power in range(min(counts)[0].bit_length())):
                 result[f"pass@{k}"] = sum(pass_at_k(*count, k) for count in counts) / n
@@ -348,14 +347,14 @@ def seeds_together(runs):
 def band(seeds):
     """A curve of several seeds -> (steps, mean, lowest, highest), over the steps all of them have.
     Each seed is a running mean over 1/25 of the steps, which passes over missing values."""
-    n = min(len(steps) for steps, _ in seeds)
-    window = np.ones(max(1, n // 25))
-    values = np.array([values[:n] for _, values in seeds])                          # (seeds, steps)
+    steps = sorted(set.intersection(*(set(steps) for steps, _ in seeds)))
+    window = np.ones(max(1, len(steps) // 25))
+    values = np.array([[dict(zip(*seed))[step] for step in steps] for seed in seeds])
     seen = np.isfinite(values)
     slide = lambda rows: np.stack([np.convolve(row, window, "valid") for row in rows])
     with np.errstate(invalid="ignore"):  # 0 / 0 where a window is empty: a gap in the curve
         smooth = slide(np.where(seen, values, 0.0)) / slide(seen)
-    return seeds[0][0][len(window) - 1:n], smooth.mean(0), smooth.min(0), smooth.max(0)
+    return steps[len(window) - 1:], smooth.mean(0), smooth.min(0), smooth.max(0)
 
 
 def draw_curves(runs, path):
@@ -368,7 +367,8 @@ def draw_curves(runs, path):
     groups = seeds_together(runs).items()
     metrics = {label: [read_metrics(run) for run in group] for label, group in groups}
     evals = {label: [read_accuracies(run) for run in group] for label, group in groups}
-    files = list(dict.fromkeys(name for seeds in evals.values() for name in seeds[0]))
+    files = list(dict.fromkeys(name for seeds in evals.values() for seed in seeds
+                               for name in seed))
     figure = Figure(figsize=(18 if files else 12, 6.5), layout="constrained")
     places = figure.subplot_mosaic("ABCG;DEFG" if files else "ABC;DEF")
     for letter, (title, names) in zip(sorted(places), (PANELS | {"accuracy": files}).items()):

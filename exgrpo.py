@@ -63,7 +63,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging as transformers_logging
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          logging as transformers_logging)
 
 import reward
 
@@ -729,8 +730,9 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
     if longest >= context:
         raise UserError(f"a prompt of {longest} tokens leaves no room for a reply: the model reads "
                         f"{context}; lower --turns or --max-new-tokens, or leave long texts out")
-    max_new_tokens = min(max_new_tokens, context - longest)
     lengths, stop = (torch.tensor(x, device=device) for x in (cache.lengths, stop_ids))
+    limits = (context - lengths).clamp(max=max_new_tokens)  # of each row's tokens, (B,)
+    max_new_tokens = min(max_new_tokens, context - min(cache.lengths))
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, dtype=torch.float64, device=device)
     running, rows = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
@@ -738,7 +740,7 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
     for t in range(max_new_tokens):
         uniform = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
         tokens[rows, t], logps[rows, t] = sample_token(logits, temperature, uniform[rows])
-        running &= ~torch.isin(tokens[:, t], stop)
+        running &= ~torch.isin(tokens[:, t], stop) & (t + 1 < limits)
         # To ask a GPU for a value is to wait for it.
         if t + 1 == max_new_tokens or (device.type == "cpu" or t % 8 == 7) and not running.any():
             break
@@ -746,9 +748,11 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
         if device.type == "cpu" and 2 * running.sum() <= B:
             rows = running.nonzero().flatten()
         cache.reserve(longest + t + 1)
-        logits = decode(model, cache, tokens[rows, t:t + 1], (lengths + t)[rows, None], rows)
+        positions = (lengths + t).clamp(max=context - 1)[rows, None]
+        logits = decode(model, cache, tokens[rows, t:t + 1], positions, rows)
     ended = torch.isin(tokens, stop).long()
-    counts = (ended.cumsum(1) == ended).sum(1).tolist()  # tokens up to and with the first stop
+    counts = (ended.cumsum(1) == ended).sum(1)  # tokens up to and with the first stop
+    counts = torch.minimum(counts, limits).tolist()
     replies = [finish(ids[:n])[0] for ids, n in zip(tokens.tolist(), counts)]
     cache.lengths = [len(prompt) + len(reply) - 1 for prompt, reply in zip(prompts, replies)]
     return replies, [x[:len(ids)] for ids, x in zip(replies, logps.tolist())], cache
@@ -1155,8 +1159,6 @@ def lock(file, busy: str):
 # Flags that may change in a resumed run; the content of --probes is hashed.
 MAY_CHANGE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_limit",
               "eval_every", "micro_batch_tokens", "gradient_checkpointing")
-# What runs of older versions did, which had no such flags.
-ADDED = {"credit": "outcome", "rl_data": "dialogues", "sft_form": "single"}
 LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # written by each stage
 
 
@@ -1169,7 +1171,7 @@ def open_run(args):
     probes = b"".join(pathlib.Path(name).read_bytes() for name in args.probes)
     settings["probes_sha256"] = hashlib.sha256(probes).hexdigest()
     files = set(os.listdir(args.out) if os.path.isdir(args.out) else ()) - {"run.json.tmp"}
-    if args.resume != ("run.json" in files) or files and not args.resume:
+    if files if not args.resume else "run.json" not in files:
         raise UserError(f"{args.out} holds {', '.join(sorted(files)[:3]) or 'no run'}: --resume "
                         "goes on with the run that is there, a new --out starts another")
     if files & {"sft", "config.json"} and "checkpoint.pt" not in files:
@@ -1178,7 +1180,7 @@ def open_run(args):
     if not files:
         os.makedirs(args.out, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1).encode())
-    theirs = ADDED | json.loads(pathlib.Path(path).read_text("utf-8"))
+    theirs = json.loads(pathlib.Path(path).read_text("utf-8"))
     differing = [f"{name} = {theirs.get(name)!r}, not {value!r}"
                  for name, value in settings.items() if value != theirs.get(name)]
     if differing:
@@ -1187,6 +1189,13 @@ def open_run(args):
     file = open(path, "r+b")  # NFS locks no file that is open for reading only
     lock(file, f"another process is working on the run in {args.out}; wait, or name another --out")
     return file
+
+
+def ask_to_stop(number, _):
+    """The handler of Ctrl-C and SIGTERM. A second one kills."""
+    STOP.set()
+    signal.signal(number, signal.SIG_DFL)
+    os.write(2, b"\nwill stop and save after this step; a second signal ends it at once\n")
 
 
 def end_step(args, stage, step, last, model, optimizer):
@@ -1222,7 +1231,10 @@ def load_checkpoint(args, stage, model, optimizer) -> int:
 def save_model(model, chat, folder):
     """Writes a plain Hugging Face folder, adapters merged."""
     merge_lora(model)
-    model.generation_config.eos_token_id = chat.stop_ids  # so that servers stop where we do
+    # Servers stop where we do. Other settings stay behind: published ones can be invalid.
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id, eos_token_id=chat.stop_ids,
+        pad_token_id=model.generation_config.pad_token_id)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
 
@@ -1360,9 +1372,7 @@ def load_eval(args) -> dict:
 def read_eval(run: str) -> dict:
     """The eval.json of a run's folder: {label: {file: a "0" or "1" for each question}}."""
     path = pathlib.Path(run, "eval.json")
-    table = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return {label: found for label, found in table.items()
-            if all(isinstance(verdicts, str) for verdicts in found.values())}  # once: counts
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> None:
@@ -1411,7 +1421,8 @@ def print_summary(args):
     for label, cells in rows.items():
         print(f"{label:23}" + "".join(f"{cells.get(name, '-'):>22}" for name in names))
     student = os.path.relpath(args.student) if os.path.isdir(args.student) else args.student
-    data = "" if args.eval == TOY_TESTS else " --data QUESTIONS.jsonl"
+    data = "" if args.eval == TOY_TESTS else (
+        f" --data QUESTIONS.jsonl --max-new-tokens {args.max_new_tokens}")
     print(f"\nmodel in {args.out}, beside metrics.csv and dialogues.txt (read those!)\n"
           f"next: python evaluate.py --model {args.out} --baseline {student}{data}\n"
           f"      python evaluate.py --curves {args.out}")
@@ -1426,9 +1437,10 @@ def main():
     scale = 3584 / model.config.get_text_config().hidden_size * (10 if args.lora_rank else 1)
     args.lr, args.sft_lr = (rate or 3.5e-6 * scale for rate in (args.lr, args.sft_lr))
     args.micro_batch_tokens = args.micro_batch_tokens or (1024 if device.type == "cpu" else 4096)
-    chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first finishes the step, the second kills
-        signal.signal(number, lambda number, _: (STOP.set(), signal.signal(number, signal.SIG_DFL)))
+    if args.turns:
+        chat.later("")  # a template that cannot grow is refused now, and not after the warm-up
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     with open_run(args):
         n_probes = sum(len(row["probes"]) for row in questions)
         print(f"student  {args.student}: {model.num_parameters() / 1e6:.1f} M weights, {device}\n"

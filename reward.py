@@ -1,8 +1,9 @@
 """What is right, and what it earns: answer extraction and matching, and the rewards.
 
-A student ends with "The answer is X." or \\boxed{X}. The last such statement counts. Without one
-there is no credit, and none where a "wait" or an "or" follows it: in doubt the strict reading wins,
-since a policy finds and exploits a wrong answer that is paid. Python evaluates nothing here.
+A student ends with "The answer is X." or \\boxed{X}. The last such statement counts, and others
+right before it must agree. Without one there is no credit, and none where a "wait" or an "or"
+follows it: in doubt the strict reading wins, since a policy finds and exploits a wrong answer that
+is paid. Python evaluates nothing here.
 """
 import operator
 import random
@@ -17,7 +18,6 @@ WHAT = {"number": "one number", "text": "a few words", "math": "a number or form
         "choice": "the letter of one option", "yesno": "yes or no"}
 INSTRUCTION = {kind: f'End with the sentence "The answer is X", where X is {what}.'
                for kind, what in WHAT.items()}
-ANSWER_TYPES = tuple(INSTRUCTION)
 
 # ---- 1. Where does the output state its answer? ----
 MARKER = re.compile(r"\\(?:boxed|fbox)\s*\{|####|(?:answer|Answer|ANSWER)[\s*_]*"

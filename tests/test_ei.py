@@ -333,6 +333,7 @@ CHOICE_ROW = {"question": "Where do fish sleep?\n(A) in water\n(B) in trees\n(C)
      True),
     ("Why Thursday?", {"question": "Which day?", "answer": "Thursday", "answer_type": "text"},
      True),
+    ("Why in 1990?", {"question": "Which year?", "answer": "1990", "answer_type": "text"}, True),
     ("Why Thursdays?", {"question": "Which day?", "answer": "Thursday", "answer_type": "text"},
      False)])
 def test_gold_answers_in_a_probe_are_found(probe, row, leaked):
@@ -517,7 +518,7 @@ def test_other_configurations_files_and_data_are_refused_untouched(run_ei, serve
     data.write_text(json.dumps(row | {"answer_type": "text"}) + "\n")
     code, _, err = run_ei(*mine)
     assert code == 2 and "the data has changed" in err and path.read_bytes() == before
-    for content in (b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n"):
+    for content in (b"\n", b"my diary", b"my diary\n", open(QUESTIONS, "rb").read(), b"[]\n"):
         path.write_bytes(content)
         code, _, err = run_ei(*flags(server, path))
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and str(path) in err

@@ -223,10 +223,6 @@ def test_a_truncated_sample_states_nothing(models, tmp_path, monkeypatch):
     stored = str(tmp_path / "out" / "outputs.jsonl")
     [again] = evaluate.report(evaluate.read_outputs(stored))
     assert again == result
-    older = answer | {"samples": [sample["output"] for sample in answer["samples"]]}
-    path = write_jsonl(tmp_path / "older.jsonl", [{"evaluate": {}}, older])
-    [result] = evaluate.report(evaluate.read_outputs(path))  # it does not tell what was truncated
-    assert result["pass@1"] == 1 and "samples_truncated" not in result
 
 
 def test_samples_follow_the_seed(models, tmp_path):
@@ -400,6 +396,12 @@ def test_runs_of_one_setting_make_a_band(tmp_path):
     assert np.isnan(curve([b0], "bonus_share")[1]).all()
 
 
+def test_a_band_joins_what_was_measured_at_the_same_steps():
+    one, two = ([0, 20, 40, 60], [1, 2, 3, 4]), ([0, 40, 80], [5, 6, 7])
+    steps, middle, low, high = evaluate.band([one, two])
+    assert (steps, list(low), list(middle), list(high)) == ([0, 40], [1, 3], [3, 4.5], [5, 6])
+
+
 def test_each_seeds_own_warm_up_is_one_setting_and_equal_names_are_told_apart(tmp_path):
     """tests/ablation.py starts seed 1 from SFT-1; and two folders called "run" are two lines."""
     for name in "abc":
@@ -435,8 +437,6 @@ def test_accuracies_over_the_steps_are_those_of_eval_json(tmp_path):
     del table["student"]
     found, shares = evaluate.read_accuracies(add_eval(run, table))["test, student"]
     assert found == steps and np.isnan(shares).all()
-    counts = {label: {"test": [3, 4]} for label in table}  # of older versions
-    assert evaluate.read_accuracies(add_eval(run, counts)) == {}
 
 
 def test_curves_are_drawn(tmp_path):
@@ -463,7 +463,6 @@ def test_accuracies_are_a_seventh_panel(tmp_path, monkeypatch):
     add_eval(runs[0], table)
     add_eval(runs[1], {label: {file: "0011" for file in found} for label, found in table.items()})
     add_eval(runs[2], {label: {"test": found["test"]} for label, found in table.items()})
-    add_eval(runs[3], {label: {"test": [3, 4]} for label in table})
     evaluate.main(["--curves", *runs, "--out", str(tmp_path / "1")])
     evaluate.main(["--curves", runs[3], "--out", str(tmp_path / "2")])
     assert [len(figure.axes) for figure in drawn] == [7, 6]

@@ -7,7 +7,7 @@ import pytest
 
 import ei
 import reward
-from reward import ANSWER_TYPES, INSTRUCTION, dsu_bonus, extract_answer, is_correct, total_rewards
+from reward import INSTRUCTION, dsu_bonus, extract_answer, is_correct, total_rewards
 
 TABLE = os.path.join(os.path.dirname(__file__), "data", "answers.txt")
 
@@ -26,10 +26,10 @@ def table():
 
 
 CASES = list(table())
-GOLDS = {kind: sorted({gold for _, k, gold, _, _ in CASES if k == kind}) for kind in ANSWER_TYPES}
+GOLDS = {kind: sorted({gold for _, k, gold, _, _ in CASES if k == kind}) for kind in INSTRUCTION}
 
 
-@pytest.mark.parametrize("kind", ANSWER_TYPES)
+@pytest.mark.parametrize("kind", INSTRUCTION)
 def test_table(kind):
     """Paid, wrong or unreadable, each case as the table says; above all no wrong answer is paid.
     D26: simple_GRPO reads "-3" as 3 and "1,234" as 234."""
@@ -66,7 +66,7 @@ def test_more_than_the_answer_is_not_paid(kind, gold, paid, unpaid):
 
 # ---- The instruction and the grader agree ----
 
-@pytest.mark.parametrize("kind", ANSWER_TYPES)
+@pytest.mark.parametrize("kind", INSTRUCTION)
 def test_what_the_instruction_asks_for_is_paid(kind):
     sentence = "The answer is X"
     assert sentence in INSTRUCTION[kind]
@@ -85,7 +85,7 @@ def test_every_example_of_every_rule_is_paid_as_asked():
 
 def test_a_prompt_earns_nothing_by_its_own_text():
     """A student that repeats its question, with the instruction in it, must not be paid for it."""
-    for kind in ANSWER_TYPES:
+    for kind in INSTRUCTION:
         for gold in GOLDS[kind] + ["X", "x", "one", "number", "a", "yes or no", "letter"]:
             for rule in ei.RULES.values():
                 for example in (rule.arithmetic, rule.commonsense):
@@ -118,7 +118,7 @@ def drawn_golds(rng, kind, count):
     return [make() for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ANSWER_TYPES)
+@pytest.mark.parametrize("kind", INSTRUCTION)
 def test_an_answer_equals_itself_in_every_form(kind):
     rng = random.Random(1)
     for gold in drawn_golds(rng, kind, 200) + GOLDS[kind]:
@@ -130,7 +130,7 @@ def test_an_answer_equals_itself_in_every_form(kind):
             assert is_correct(output, answer, kind), (output, answer)
 
 
-@pytest.mark.parametrize("kind", ANSWER_TYPES)
+@pytest.mark.parametrize("kind", INSTRUCTION)
 def test_space_case_and_trailing_text_do_not_change_a_verdict(kind):
     rng = random.Random(2)
     golds = drawn_golds(rng, kind, 60)
@@ -143,7 +143,7 @@ def test_space_case_and_trailing_text_do_not_change_a_verdict(kind):
             assert is_correct(output, gold, kind) == verdict, (output, gold)
 
 
-@pytest.mark.parametrize("kind", ANSWER_TYPES)
+@pytest.mark.parametrize("kind", INSTRUCTION)
 def test_two_statements_side_by_side_that_differ_earn_nothing(kind):
     """Rule 2. A policy that may state two answers states all of them."""
     rng = random.Random(3)
@@ -164,7 +164,7 @@ def test_two_statements_side_by_side_that_differ_earn_nothing(kind):
         assert not is_correct(unfinished, gold, kind), unfinished
 
 
-@pytest.mark.parametrize("kind", ANSWER_TYPES)
+@pytest.mark.parametrize("kind", INSTRUCTION)
 def test_grading_never_raises_and_agrees_with_extraction(kind):
     """Any text may come out of a model; None from extract_answer means that nothing is paid."""
     rng = random.Random(4)

@@ -263,11 +263,13 @@ def test_rows_that_ended_early_go_on_in_the_next_turn(loaded, kind):
 
 
 def test_a_reply_ends_where_the_models_context_ends(loaded):
-    """GPT-2's learned positions would end in an IndexError, on CUDA in an assert."""
+    """GPT-2's learned positions would end in an IndexError, on CUDA in an assert. A long prompt in
+    the batch shortens its own reply alone."""
     model, chat = loaded("gpt2")
     options = dict(max_new_tokens=9, temperature=1.0, stop_ids=[], generator=generator())
-    (reply, short), _, _ = exgrpo.sample(model, [[5] * 2044, [5] * 7], **options)
-    assert len(reply) == len(short) == 4 and exgrpo.context_size(model) == 2048
+    (reply, short), logps, cache = exgrpo.sample(model, [[5] * 2044, [5] * 7], **options)
+    assert (len(reply), len(short)) == (4, 9) and exgrpo.context_size(model) == 2048
+    assert list(map(len, logps)) == [4, 9] and cache.lengths == [2047, 15]
     with pytest.raises(exgrpo.UserError, match="2048 tokens leaves no room.*--turns"):
         exgrpo.sample(model, [[5] * 2048], **options)
 
