@@ -175,8 +175,9 @@ def sample_dialogues(model, chat: Chat, scripts: list, args, generator,
             partial[b] = copy.deepcopy(full[b])
         batch = [full[b] for b in going] + [partial[b] for b in forking]
         users = [scripts[b // G][turn] for b in going] + [scripts[b // G][-1] for b in forking]
+        new = {user: chat.later(user) if turn else chat.first(user) for user in set(users)}
         for dialogue, user in zip(batch, users):
-            dialogue.add_user(chat.later(user) if turn else chat.first(user))
+            dialogue.add_user(new[user])
         if turn:  # a fork gets a copy of its twin's keys and values; finished dialogues are dropped
             cache.select([cached.index(b) for b in going + forking])
         prompts = [dialogue.ids for dialogue in batch]
