@@ -866,17 +866,17 @@ def pack(dialogues: list, budget: int, model):
     for batch in micro_batches(sizes, budget):
         R, P = len(batch), sizes[batch[0]]
         ids = torch.zeros(R, P, dtype=torch.long)
-        visible = torch.eye(P, dtype=torch.bool).repeat(R, 1, 1)  # padding sees itself: no nan
+        ends = torch.arange(1, P + 1).repeat(R, 1)  # of each place's subtree; of padding, itself
         members, paths = [], []
         for r, (b, path) in ((r, member) for r, i in enumerate(batch) for member in trees[i]):
             members.append(b)
             paths.append([r * P + place for place in path])
-            path, n = torch.tensor(path), len(path)
             ids[r, path] = torch.tensor(dialogues[b].ids)
-            visible[r, path[:, None], path] = torch.ones(n, n, dtype=torch.bool).tril()
-        masks = [dialogues[b].mask for b in members]
-        yield members, PackedTrees(ids.to(model.device), visible.to(model.device),
-                                   pad_rows(paths, model.device), pad_rows(masks, model.device))
+            ends[r, path] = path[-1] + 1  # a place's last dialogue has the last of its subtree
+        key, masks = torch.arange(P, device=model.device), [dialogues[b].mask for b in members]
+        visible = (key <= key[:, None]) & (key[:, None] < ends.to(model.device)[:, None])
+        yield members, PackedTrees(ids.to(model.device), visible, pad_rows(paths, model.device),
+                                   pad_rows(masks, model.device))
 
 
 def tree_logprobs(model, trees: PackedTrees, temperature: float = 1.0):
