@@ -324,7 +324,7 @@ def leaks(probe: str, row: dict) -> bool:
         new = set(NUMBER.findall(probe)) - set(NUMBER.findall(question))
         if any(reward.is_correct(f"The answer is {n}.", gold, answer_type) for n in new):
             return True
-    if answer_type in ("yesno", "number") or answer_type == "math" and NUMBER.fullmatch(gold):
+    if answer_type == "yesno" or answer_type in ("number", "math") and NUMBER.fullmatch(gold):
         return False
     if answer_type == "choice":  # the right option's words, and no other option's
         others = dict(OPTION.findall(question))

@@ -44,8 +44,8 @@ def load_items(sources, split, limit):
     for source in sources:
         is_file = source.endswith(".jsonl")
         data = os.path.basename(source).removesuffix(".jsonl") if is_file else f"{source}.{split}"
-        rows = (exgrpo.read_probes(source, or_questions=True)[1] if is_file else
-                ei.load_questions(source, split, limit))[:limit]
+        rows = (exgrpo.read_probes(source, or_questions=True)[1][:limit] if is_file else
+                ei.load_questions(source, split, limit))
         if not rows:
             raise UserError(f"{source}: there is no question in it")
         if any(item["data"] == data for item in items):

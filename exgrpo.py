@@ -175,9 +175,9 @@ def sample_dialogues(model, chat: Chat, scripts: list, args, generator,
             partial[b] = copy.deepcopy(full[b])
         batch = [full[b] for b in going] + [partial[b] for b in forking]
         users = [scripts[b // G][turn] for b in going] + [scripts[b // G][-1] for b in forking]
-        new = {user: chat.later(user) if turn else chat.first(user) for user in set(users)}
+        rendered = {user: chat.later(user) if turn else chat.first(user) for user in set(users)}
         for dialogue, user in zip(batch, users):
-            dialogue.add_user(new[user])
+            dialogue.add_user(rendered[user])
         if turn:  # a fork gets a copy of its twin's keys and values; finished dialogues are dropped
             cache.select([cached.index(b) for b in going + forking])
         prompts = [dialogue.ids for dialogue in batch]
@@ -732,7 +732,7 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
         raise UserError(f"a prompt of {longest} tokens leaves no room for a reply: the model reads "
                         f"{context}; lower --turns or --max-new-tokens, or leave long texts out")
     lengths, stop = (torch.tensor(x, device=device) for x in (cache.lengths, stop_ids))
-    limits = (context - lengths).clamp(max=max_new_tokens)  # of each row's tokens, (B,)
+    limits = (context - lengths).clamp(max=max_new_tokens)  # new tokens of each row, (B,)
     max_new_tokens = min(max_new_tokens, context - min(cache.lengths))
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, dtype=torch.float64, device=device)
@@ -752,8 +752,8 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
         positions = (lengths + t).clamp(max=context - 1)[rows, None]
         logits = decode(model, cache, tokens[rows, t:t + 1], positions, rows)
     ended = torch.isin(tokens, stop).long()
-    counts = (ended.cumsum(1) == ended).sum(1)  # tokens up to and with the first stop
-    counts = torch.minimum(counts, limits).tolist()
+    # Tokens up to and with the first stop, or as many as fit.
+    counts = torch.minimum((ended.cumsum(1) == ended).sum(1), limits).tolist()
     replies = [finish(ids[:n])[0] for ids, n in zip(tokens.tolist(), counts)]
     cache.lengths = [len(prompt) + len(reply) - 1 for prompt, reply in zip(prompts, replies)]
     return replies, [x[:len(ids)] for ids, x in zip(replies, logps.tolist())], cache
@@ -1172,7 +1172,7 @@ def open_run(args):
     probes = b"".join(pathlib.Path(name).read_bytes() for name in args.probes)
     settings["probes_sha256"] = hashlib.sha256(probes).hexdigest()
     files = set(os.listdir(args.out) if os.path.isdir(args.out) else ()) - {"run.json.tmp"}
-    if files if not args.resume else "run.json" not in files:
+    if ("run.json" not in files) if args.resume else files:
         raise UserError(f"{args.out} holds {', '.join(sorted(files)[:3]) or 'no run'}: --resume "
                         "goes on with the run that is there, a new --out starts another")
     if files & {"sft", "config.json"} and "checkpoint.pt" not in files:
@@ -1196,6 +1196,7 @@ def ask_to_stop(number, _):
     """The handler of Ctrl-C and SIGTERM. A second one kills."""
     STOP.set()
     signal.signal(number, signal.SIG_DFL)
+    # Not print(): the signal may come while one is under way.
     os.write(2, b"\nwill stop and save after this step; a second signal ends it at once\n")
 
 
@@ -1232,7 +1233,7 @@ def load_checkpoint(args, stage, model, optimizer) -> int:
 def save_model(model, chat, folder):
     """Writes a plain Hugging Face folder, adapters merged."""
     merge_lora(model)
-    # Servers stop where we do. Other settings stay behind: published ones can be invalid.
+    # So that servers stop where we do. Settings of sampling are left out: they can be invalid.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id, eos_token_id=chat.stop_ids,
         pad_token_id=model.generation_config.pad_token_id)

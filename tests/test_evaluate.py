@@ -456,7 +456,7 @@ def test_accuracies_are_a_seventh_panel(tmp_path, monkeypatch):
     monkeypatch.setattr(figures.Figure, "savefig",
                         lambda self, *args, **more: drawn.append(self) or draw(self, *args, **more))
     runs = [fake_run(tmp_path / f"a{seed}", seed, 30, delta=1) for seed in (0, 1)]
-    runs += [fake_run(tmp_path / "b", 0, 30, delta=0), fake_run(tmp_path / "old", 0, 30, delta=2)]
+    runs += [fake_run(tmp_path / "b", 0, 30, delta=0), fake_run(tmp_path / "c", 0, 30, delta=2)]
     table = {"student": {"test": "0001", "more": "0000"}, "after SFT": {"test": "0011"},
              "after step 20": {"test": "0111", "more": "1000"},
              "after step 30": {"test": "1111", "more": "1100"}}
