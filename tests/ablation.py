@@ -103,7 +103,9 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "cold start + L_aux": (as_it_is, ["--sft-epochs", "0"]),
     "10 % of the data": (part(0.10), []),
     "25 % of the data": (part(0.25), []),
+    "25 % of the data, 12 epochs": (part(0.25), ["--sft-epochs", "12"]),  # as many updates
     "unfiltered probes": (unfiltered, []),
+    "SFT, 25 %, 12 epochs": (part(0.25), ["--sft-epochs", "12", "--steps", "0"]),
     "SFT, forward only": (forward_only, ["--steps", "0"]),
     "SFT, single turns": (as_it_is, ["--sft-form", "single", "--steps", "0"]),
     "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
