@@ -110,7 +110,9 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "SFT, single turns": (as_it_is, ["--sft-form", "single", "--steps", "0"]),
     "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
     # One rule's probes, SFT only, as in the paper.
-    **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES}}
+    **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES},
+    "R8 alone, 14 epochs": (  # as many updates as with all rules
+        one_rule("R8"), ["--sft-epochs", "14", "--steps", "0"])}
 
 
 # ---------------------------------------------------------------------------------------- the runs
