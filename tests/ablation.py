@@ -103,7 +103,7 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "cold start + L_aux": (as_it_is, ["--sft-epochs", "0"]),
     "10 % of the data": (part(0.10), []),
     "25 % of the data": (part(0.25), []),
-    "25 % of the data, 12 epochs": (part(0.25), ["--sft-epochs", "12"]),  # as many updates
+    "25 % of the data, 12 epochs": (part(0.25), ["--sft-epochs", "12"]),  # as many updates as SFT
     "unfiltered probes": (unfiltered, []),
     "SFT, 25 %, 12 epochs": (part(0.25), ["--sft-epochs", "12", "--steps", "0"]),
     "SFT, forward only": (forward_only, ["--steps", "0"]),
@@ -111,7 +111,7 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
     # One rule's probes, SFT only, as in the paper.
     **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES},
-    "R8 alone, 14 epochs": (  # as many updates as with all rules
+    "R8 alone, 14 epochs": (  # as many updates as SFT
         one_rule("R8"), ["--sft-epochs", "14", "--steps", "0"])}
 
 
