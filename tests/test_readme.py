@@ -184,13 +184,15 @@ def test_the_ablation_tables_are_those_of_the_recorded_runs(monkeypatch, capsys,
     """toy/README.md shows what ablation.py prints of tests/data/ablation.jsonl, of today's D_EI and
     flags: a toy that is made again, or an arm that changes, asks for new runs."""
     runs = os.path.join(ROOT, "tests", "data", "ablation.jsonl")
-    arms = {}  # {files that were asked: arms}
+    settings = {}  # {(files that were asked, flags of all arms): arms}
     for _, row in exgrpo.read_jsonl(runs):
-        arms.setdefault(tuple(row["eval"]), {})[row["arm"]] = True
+        others = row["flags"][:len(row["flags"]) - len(ablation.ARMS[row["arm"]][1])]
+        settings.setdefault((tuple(row["eval"]), tuple(others)), {})[row["arm"]] = True
+    assert len(settings) == 2  # the default, and the long table's flags
     monkeypatch.setattr(ablation, "run", None)
-    for files, names in arms.items():
+    for (files, others), arms in settings.items():
         monkeypatch.setattr(sys, "argv", [
-            "ablation.py", "--known", runs, "--out", str(tmp_path), "--arms", *names,
+            "ablation.py", "--known", runs, "--out", str(tmp_path), "--arms", *arms, *others,
             "--eval", *(os.path.join(ROOT, "toy", file) for file in files)])
         ablation.main()
         for table in capsys.readouterr().out.strip().split("\n\n"):
