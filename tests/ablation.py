@@ -93,7 +93,7 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "independent": (None, ["--partial", "independent"]),
     "no L_aux": (None, ["--aux-weight", "0"]),
     "aux 1": (None, ["--aux-weight", "1"]),
-    "L_aux alone": (None, ["--aux-weight", "1000"]),  # Adam: the reward's share is a thousandth
+    "L_aux alone": (None, ["--aux-weight", "1000"]),  # Adam rescales: the reward hardly counts
     "outcome credit, no L_aux": (None, ["--credit", "outcome", "--aux-weight", "0"]),
     "k = 2": (None, ["--turns", "2", "--questions-per-step", "9"]),
     "k = 5": (None, ["--turns", "5", "--questions-per-step", "5"]),
