@@ -371,8 +371,8 @@ class LocalModel:
     def __call__(self, dialogues: list[list[str]]) -> list[tuple[str, str]]:
         prompts = [self.chat.prompt(turns) for turns in dialogues]
         replies = [("", "refused: prompt too long for the model")] * len(prompts)
-        room = exgrpo.context_size(self.model) - self.max_new_tokens
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        context = exgrpo.context_size(self.model)
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
         fitting.sort(key=prompts.__getitem__)  # what a batch has in common is read once
         for start in range(0, len(fitting), self.batch):
             some = fitting[start:start + self.batch]

@@ -825,6 +825,13 @@ def test_a_local_teacher_and_student_end_to_end(tiny, monkeypatch, capsys, tmp_p
     assert "nothing was left to ask" in capsys.readouterr().out
 
 
+def test_a_token_limit_as_long_as_the_context_leaves_room_for_prompts(tiny):
+    """It left none: each prompt was "too long", and the student was wrong about every probe."""
+    args = types.SimpleNamespace(device="cpu", max_new_tokens=10_000)
+    (text, fault), = ei.LocalModel(tiny("gpt2"), args)([["How many?"]])
+    assert fault in ("", "unparsed: cut off by the token limit") and (text or not fault)
+
+
 @pytest.mark.parametrize("content, words", [
     ("", "holds no question"), ("{", "q.jsonl:1: not JSON"), ("[1]\n", "a JSON object is expected"),
     ('{"id": "a"}\n', '"question" is missing'), ("\xff\n", "q.jsonl:1: not JSON")])
