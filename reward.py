@@ -2,8 +2,7 @@
 
 A student ends with "The answer is X." or \\boxed{X}. The last such statement counts, and others
 right before it must agree. Without one there is no credit, and none where a "wait" or an "or"
-follows it: in doubt the strict reading wins, since a policy finds and exploits a wrong answer that
-is paid. Python evaluates nothing here.
+follows: in doubt the reading is strict, since a policy exploits any wrong answer that is paid.
 """
 import operator
 import random
@@ -179,7 +178,8 @@ OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.m
 
 def _equal(ours, gold, kind):
     if kind not in ("number", "math"):                           # "Mr. Smith" may be a sentence
-        return ours == gold or kind == "text" and ours.startswith((gold + ". ", gold + "! "))
+        return ours == gold or kind == "text" and bool(          # nor is "U.S. Navy" the "U.S."
+            re.match(re.escape(gold) + r"(?<!\.[a-z])[.!] ", ours))
     (our_name, ours), (name, gold) = (hit.groups() if hit else ("", text) for hit, text in (
         (NAMED.fullmatch(text), text) for text in (ours, gold)))
     if our_name and name and our_name != name:
