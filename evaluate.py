@@ -10,7 +10,8 @@ file (ei.py writes it) gives its questions and, as the EI-Test, the probes that 
 What the paper leaves open, and we chose:
  1. "Forward and reverse": a question and its reversal probe (R8) are both right.
  2. "Counterfactual": the R1 probe is right, and the student's answers to it and to its question
-    differ if and only if the two gold answers do. Probes of another answer type are left out.
+    differ if and only if the two gold answers do. Left out are probes of another answer type and
+    choices, whose letters stand for other options in a probe.
  3. The probes of one question are no independent trials. The bootstrap draws whole questions;
     Wilson's interval and McNemar's test do not: for all rules together they are too sure.
 """
@@ -199,7 +200,7 @@ def consistency(rows):
         pair = {"data": probe["data"], "source": probe["source"]}
         if question and probe["rule"] == "R8":
             reverse.append(pair | {"correct": question["correct"] and probe["correct"]})
-        if question and probe["rule"] == "R1" and kind == question["answer_type"]:
+        if question and probe["rule"] == "R1" and kind == question["answer_type"] != "choice":
             golds_agree = same(question["answer"], probe["answer"], kind)
             fits = (question["extracted"] is not None and
                     same(question["extracted"], probe["extracted"], kind) == golds_agree)

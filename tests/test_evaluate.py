@@ -107,6 +107,8 @@ def test_consistency_wants_answers_that_fit_each_other():
             row("d"), row("d", "R1"),                                         # gold and answer stay
             row("e"), row("e", "R1", answer="6", said="5", right=False),      # moved wrongly
             row("f"), row("f", "R1", answer="yes", said="yes", kind="yesno"), # cannot be compared
+            row("g", answer="B", said="B", kind="choice"),                    # nor can letters:
+            row("g", "R1", answer="B", said="B", kind="choice"),              # of other options
             row("z", "R1")]                                                   # has no question
     reverse, counterfactual = evaluate.consistency(rows)
     assert [pair["correct"] for pair in reverse] == [True, False, False]
