@@ -217,23 +217,23 @@ def compute_rewards(verdicts: list, args) -> tuple[Tensor, Tensor]:
 
 
 def reply_advantages(verdicts: list, advantages: Tensor, args) -> list:
-    """Advantages of dialogues (2, Q, G) -> those of their replies, in the form of verdicts.
+    """Advantages of dialogues (2, Q, G) -> for each dialogue a list, one advantage of each reply.
 
     --credit outcome  Every reply gets its dialogue's advantage. A forked pair trains its common
                       prefix in both roles, once with each advantage.
     --credit turn     The last reply gets its dialogue's advantage. A reply to a probe is paid for
                       its own answer, normalised over the group's G replies to this probe. Replies
-                      that a fork has copied get 0 (they are trained in the full dialogue); only
-                      their KL counts here.
+                      that a fork has copied get 0 (they are trained in the full dialogue), but
+                      their KL counts here, too.
     """
     G, credited = advantages.shape[2], []
     for i, last in enumerate(advantages.flatten(0, 1).tolist()):  # a group, full or partial
         own = torch.tensor(verdicts[i * G:(i + 1) * G], dtype=torch.float64).T      # (turns, G)
-        turns = [last] * len(own)  # a list of G advantages for each turn
-        if args.credit == "turn" and len(turns) > 1:
+        by_turn = [last] * len(own)  # a list of G advantages for each turn
+        if args.credit == "turn" and len(own) > 1:
             copied = i >= advantages.shape[1] and args.partial == "forked"
-            turns[:-1] = group_advantages(own[:-1] * (not copied)).tolist()
-        credited += zip(*turns)
+            by_turn[:-1] = group_advantages(0 * own[:-1] if copied else own[:-1]).tolist()
+        credited += zip(*by_turn)
     return credited
 
 
@@ -241,8 +241,8 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
            args) -> dict:
     """One step of Eq. 7 plus Eq. 8, `--updates` times over the same samples -> metrics.
 
-    advantages: for each dialogue a list, one a reply, for all tokens of the reply. reference:
-    pi_ref; under LoRA it is the policy itself, its adapters off. teacher: the dialogues of Eq. 8.
+    advantages: for each dialogue a list with one of each reply, which all its tokens share.
+    reference: pi_ref; under LoRA the policy itself, its adapters off. teacher: dialogues of Eq. 8.
     """
     n_tokens = sum(sum(d.mask) for d in dialogues)  # the divisor, also for those that are dropped
     chosen = [b for b in range(len(dialogues)) if any(advantages[b])]
@@ -250,24 +250,23 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
     dialogues = [dialogues[b] for b in chosen]
     old_logps, ref_logps = [], []  # an entry a micro-batch, filled in during the first update
     sampler_gap = 0.0
-    for _ in range(args.updates):
+    for n in range(args.updates):
         metrics = dict.fromkeys(("loss", "kl", "clip_share", "aux_loss"), 0.0)
-        for b, (batch, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy)):
-            first_update = b == len(old_logps)
+        for b, (members, trees) in enumerate(pack(dialogues, args.micro_batch_tokens, policy)):
             mask = trees.mask[:, 1:]                                                # (B, T-1)
             with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
-                if first_update and args.beta > 0:
+                if n == 0 and args.beta > 0:
                     with torch.no_grad(), adapters_off():
                         ref_logps.append(tree_logprobs(reference, trees, args.temperature))
                 logps = tree_logprobs(policy, trees, args.temperature)              # (B, T-1)
-            if first_update:  # the weights are still those that sampled
+            if n == 0:  # the weights are still those that sampled
                 old_logps.append(logps.detach())
-                sampled = [x for i in batch for x in dialogues[i].logps]
+                sampled = [x for i in members for x in dialogues[i].logps]
                 gap = old_logps[b][mask.bool()] - torch.tensor(sampled, device=policy.device)
                 sampler_gap = max(sampler_gap, gap.abs().max().item())
             loss, stats = policy_loss(  # with beta 0, kl is that to the policy that sampled
                 logps, old_logps[b], (ref_logps or old_logps)[b],
-                pad_rows([advantages[i] for i in batch], policy.device)[:, 1:], mask,
+                pad_rows([advantages[i] for i in members], policy.device)[:, 1:], mask,
                 epsilon=args.epsilon, beta=args.beta, n_tokens=n_tokens)
             loss.backward()
             for name, value in {"loss": loss.detach(), **stats}.items():
@@ -282,7 +281,7 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
 
 
 def teacher_dialogue(chat: Chat, rows: list) -> Dialogue:
-    """The teacher's dialogue over some probes, or over one question. Every reply is trained."""
+    """A user turn and the teacher's reply for each row, a probe or question; replies are trained."""
     dialogue = Dialogue()
     for turn, row in enumerate(rows):
         dialogue.add_user(chat.later(user_turn(row)) if turn else chat.first(user_turn(row)))
@@ -380,7 +379,7 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
             outcomes, rewards = compute_rewards(verdicts, args)                     # Eqs. 4-6
             advantages = dialogue_advantages(outcomes, rewards, args.advantage)     # (2, Q, G)
             credit = reply_advantages(verdicts, advantages, args)
-            teacher = [teacher_dialogue(chat, drawn or [row])
+            teacher = [teacher_dialogue(chat, drawn or [row])  # a row can be a probe: rl_samples
                        for drawn, row in zip(played.probes, played.questions)
                        if drawn or "probe" in row]
             policy.train(args.gradient_checkpointing)  # checkpointing works in train mode only
@@ -569,7 +568,8 @@ class Dialogue:
         self.mask += [0] * len(ids)
 
     def add_reply(self, ids, chat, logps=()):
-        """A reply without end token is closed by one that the student did not sample: mask 0."""
+        """A reply without end token (truncated, or cut before a next "Question:") is closed by one
+        that the student did not sample: mask 0."""
         ids, truncated = chat.finish(ids)
         open_end = ids[-1] not in chat.stop_ids
         self.starts.append(len(self.ids))
@@ -715,8 +715,8 @@ def sample(model, prompts: list, *, max_new_tokens: int, temperature: float, sto
 
     A group's prompt is read once; then there are B = Q * G rows, group by group. With the cache of
     an earlier call, prompts are its rows' whole dialogues, and only what is new in them is read.
-    Returns B replies (ids up to the first stop token, or as many as fit, and of these what
-    finish(ids) gives first), their log-probs, and the cache, which lacks each reply's last token.
+    Returns B replies (ids up to the first stop token, or as many as fit, cut by `finish`), their
+    log-probs, and the cache, which lacks each reply's last token.
     """
     device, context = model.device, context_size(model)
     cache = KVCache(len(prompts), device) if cache is None else cache
@@ -841,8 +841,8 @@ class PackedTrees(NamedTuple):
 
 def prefix_trees(rows: list, budget: int, width: int) -> list:
     """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
-    joins the tree where that costs less than to read it alone: attention costs pairs of places,
-    seen or not; a place costs the rest of the layers as much as 3 * width pairs."""
+    joins the tree before it where that costs less than a tree of its own. It saves the shared
+    places, but attention has more pairs of places; one place costs about 3 * width pairs."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
@@ -985,7 +985,7 @@ def load_reference(args, policy, source):
 
 
 def freeze(model, bf16: bool):
-    """No weight is trained. With bf16, linear weights are stored so: autocast rounds them, too."""
+    """No weight is trained. With bf16, linear weights are stored in it: autocast rounds them so."""
     model.requires_grad_(False)
     for module in model.base_model.modules():
         if bf16 and isinstance(module, nn.Linear):
@@ -1035,8 +1035,10 @@ def merge_lora(model):
 def adapters_off():
     """All adapters are switched off: under LoRA, the policy is pi_ref then."""
     LoRA.enabled = False
-    yield
-    LoRA.enabled = True
+    try:
+        yield
+    finally:
+        LoRA.enabled = True
 
 
 # ========================================================== 6. files, errors, and the run's folder
@@ -1044,7 +1046,7 @@ def adapters_off():
 HERE = os.path.dirname(os.path.abspath(__file__))
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM: the step is finished and saved, then we leave
 HINTS = {"out of memory|not enough memory|allocate memory":
-         "memory is too small: lower --micro-batch-tokens, --group-size or --batch-size",
+         "memory is too small: lower --micro-batch-tokens, --group-size or --max-new-tokens",
          "failed writing|I/O error|No space left": "cannot write: is the disk full?",
          "non-finite": "training diverges; start again with a smaller --lr or --sft-lr:",
          "index out of range in self": "the tokenizer makes a token for which the model has no "
@@ -1157,9 +1159,9 @@ def lock(file, busy: str):
         pass  # Windows, or a file system without locks
 
 
-# Flags that may change in a resumed run; the content of --probes is hashed.
-MAY_CHANGE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_limit",
-              "eval_every", "micro_batch_tokens", "gradient_checkpointing")
+# Flags that may change in a resumed run; the content of --probes and --eval is hashed.
+MAY_CHANGE = ("resume", "steps", "save_every", "device", "out", "probes", "eval", "eval_every",
+              "micro_batch_tokens", "gradient_checkpointing")
 LOGS = {"SFT": ["sft.csv"], "ExGRPO": ["metrics.csv", "dialogues.txt"]}  # written by each stage
 
 
@@ -1169,10 +1171,11 @@ def open_run(args):
     path = os.path.join(args.out, "run.json")
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["student"] = args.student.removeprefix(HERE + os.sep)  # this project may be moved
-    probes = b"".join(pathlib.Path(name).read_bytes() for name in args.probes)
-    settings["probes_sha256"] = hashlib.sha256(probes).hexdigest()
+    for flag in ("probes", "eval"):
+        content = b"".join(pathlib.Path(name).read_bytes() for name in getattr(args, flag))
+        settings[f"{flag}_sha256"] = hashlib.sha256(content).hexdigest()
     files = set(os.listdir(args.out) if os.path.isdir(args.out) else ()) - {"run.json.tmp"}
-    if ("run.json" not in files) if args.resume else files:
+    if files and not args.resume or args.resume and "run.json" not in files:
         raise UserError(f"{args.out} holds {', '.join(sorted(files)[:3]) or 'no run'}: --resume "
                         "goes on with the run that is there, a new --out starts another")
     if files & {"sft", "config.json"} and "checkpoint.pt" not in files:
@@ -1201,7 +1204,8 @@ def ask_to_stop(number, _):
 
 
 def end_step(args, stage, step, last, model, optimizer):
-    """Saves every --save-every steps, after the last one, and when we were asked to stop."""
+    """Saves every --save-every steps, after the last one, and when we were asked to stop. Every
+    draw is seeded by the seed and the step or epoch, so no state of a generator is saved."""
     if step % args.save_every == 0 or step == last or STOP.is_set():
         sizes = [os.path.getsize(os.path.join(args.out, log)) for log in LOGS[stage]]
         state = {"stage": stage, "step": step, "log_sizes": sizes,
@@ -1383,7 +1387,7 @@ def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> Non
     table = read_eval(args.out)
     known = table.setdefault(label, {})
     for name, rows in tests.items():
-        if len(known.get(name, "")) == len(rows):
+        if name in known:
             continue
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             replies = generate(model, chat, [chat.first(user_turn(row)) for row in rows],

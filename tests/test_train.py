@@ -487,25 +487,29 @@ def test_ctrl_c_while_the_table_is_asked(monkeypatch, capsys, tiny, tmp_path):
         "student": {"a", "b"}, "after step 2": {"a", "b"}}
 
 
-def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, tiny, tmp_path):
-    """More --steps, or other --eval files, on a finished run: a figure that was kept from before
-    would be another model's, or none."""
+def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, capsys, tiny, tmp_path):
+    """More --steps on a finished run: a figure that was kept from before would be another model's.
+    Other --eval files are refused: verdicts of another file of this name and length once stayed."""
     a, b = (questions(tmp_path / f"{x}.jsonl", 3) for x in "ab")
     asked, own = [], exgrpo.generate
     monkeypatch.setattr(exgrpo, "generate",
                         lambda *args, **more: asked.append(len(args[2])) or own(*args, **more))
 
-    def go(steps, *flags):
+    def go(steps, *flags, expect=0):
         asked.clear()
         call(monkeypatch, "--student", tiny("llama"), *SMALL, "--sft-epochs", 0, "--steps", steps,
-             "--out", tmp_path / "run", *flags)
+             "--out", tmp_path / "run", *flags, expect=expect)
         return len(asked)
     assert go(1, "--eval", a) == 2                            # before and after
     assert go(1, "--eval", a, "--resume") == 0
     assert go(2, "--eval", a, "--resume") == 1                # the model has changed
-    assert go(2, "--eval", a, b, "--resume") == 2             # one file is new
-    assert go(2, "--resume") == 0 and go(2, "--eval", a, "--resume") == 0
-    assert go(2, "--eval", a, b, "--resume", "--eval-limit", 2) == 4 and set(asked) == {2}
+    a.write_text(a.read_text().replace("1?", "2?"))
+    for changed in (["--eval", a], ["--eval", a, b], []):
+        assert go(2, *changed, "--resume", expect=2) == 0
+        assert "eval_sha256" in capsys.readouterr().err
+    a.write_text(b.read_text())
+    assert go(2, "--eval", a, "--resume") == 0
+    assert go(2, "--eval", a, "--resume", "--eval-limit", 2, expect=2) == 0
 
 
 def test_the_table_while_it_trains(monkeypatch, capsys, tiny, tmp_path):
