@@ -109,7 +109,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages:
                 n_tokens: int | None = None) -> tuple[Tensor, dict]:
     """Eq. 7, negated: clipped objective and KL penalty, averaged over the trained tokens.
 
-    logps, old_logps, ref_logps, mask (B, T); advantages, one a dialogue (B,) or one a token (B, T).
+    logps, old_logps, ref_logps, mask (B, T); advantages, per dialogue (B,) or per token (B, T).
     (update: T-1 columns, column t is about token t+1.) Sums are divided by n_tokens: the trained
     tokens of the whole step, if these rows are a micro-batch of it; by default, those of mask.
     Returns the loss and detached stats (kl, clip_share)."""
@@ -193,7 +193,7 @@ def sample_dialogues(model, chat: Chat, scripts: list, args, generator,
 
 def grade(chat: Chat, played: Rollout) -> list:
     """Does each reply state the answer to its turn? A truncated reply states nothing.
-    For each full and then each partial dialogue a list of bools, one a reply."""
+    For each full and then each partial dialogue a list of bools, one per reply."""
     G, verdicts = len(played.full) // len(played.questions), []
     for b, dialogue in enumerate(played.full + played.partial):
         q = b % len(played.full) // G  # a partial dialogue's question is that of its twin
@@ -248,7 +248,7 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
     chosen = [b for b in range(len(dialogues)) if any(advantages[b])]
     advantages = [dialogues[b].per_token(advantages[b]) for b in chosen]
     dialogues = [dialogues[b] for b in chosen]
-    old_logps, ref_logps = [], []  # an entry a micro-batch, filled in during the first update
+    old_logps, ref_logps = [], []  # one per micro-batch, filled in during the first update
     sampler_gap = 0.0
     for n in range(args.updates):
         metrics = dict.fromkeys(("loss", "kl", "clip_share", "aux_loss"), 0.0)
@@ -692,9 +692,9 @@ class CudaGraphDecoder:
 
 
 def sample_token(logits, temperature: float, uniform):
-    """logits (B, V), uniform (B,) on [0, 1) -> a token a row and its log-prob, (B,), by inverse CDF
-    of softmax(logits / temperature); greedy at temperature 0. Sums are in double precision: in
-    fp32 they would lose the tail of a large vocabulary."""
+    """logits (B, V), uniform (B,) in [0, 1) -> a token per row (B,) and its log-prob (B,), by
+    inverse CDF of softmax(logits / temperature); greedy at temperature 0. Sums are in double
+    precision: in fp32 they would lose the tail of a large vocabulary."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     scaled = logits / temperature                                                   # (B, V)
