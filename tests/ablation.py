@@ -53,9 +53,9 @@ def part(share):
     return change
 
 
-def one_rule(rule):
+def only(*rules):
     def change(rows, rng):
-        return [row | {"probes": [p for p in row["probes"] if p["rule"] == rule]} for row in rows]
+        return [row | {"probes": [p for p in row["probes"] if p["rule"] in rules]} for row in rows]
     return change
 
 
@@ -111,9 +111,11 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     "SFT, single turns": (as_it_is, ["--sft-form", "single", "--steps", "0"]),
     "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
     # One rule's probes, SFT only, as in the paper.
-    **{f"{rule} alone": (one_rule(rule), ["--steps", "0"]) for rule in ei.RULES},
+    **{f"{rule} alone": (only(rule), ["--steps", "0"]) for rule in ei.RULES},
     "R8 alone, 14 epochs": (  # as many updates as SFT
-        one_rule("R8"), ["--sft-epochs", "14", "--steps", "0"])}
+        only("R8"), ["--sft-epochs", "14", "--steps", "0"]),
+    "SFT, all but R8": (only(*{*ei.RULES} - {"R8"}), ["--steps", "0"]),
+    "all but R8": (only(*{*ei.RULES} - {"R8"}), [])}
 
 
 # ---------------------------------------------------------------------------------------- the runs
