@@ -281,7 +281,7 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
 
 
 def teacher_dialogue(chat: Chat, rows: list) -> Dialogue:
-    """A user turn and the teacher's reply for each row, a probe or question; replies are trained."""
+    """For each row, a probe or question, its user turn and the teacher's reply (trained)."""
     dialogue = Dialogue()
     for turn, row in enumerate(rows):
         dialogue.add_user(chat.later(user_turn(row)) if turn else chat.first(user_turn(row)))

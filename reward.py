@@ -178,7 +178,7 @@ OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.m
 
 def _equal(ours, gold, kind):
     if kind not in ("number", "math"):                           # "Mr. Smith" may be a sentence
-        return ours == gold or kind == "text" and bool(          # nor is "U.S. Navy" the "U.S."
+        return ours == gold or kind == "text" and bool(          # "U.S. Navy" is not "U.S."
             re.match(re.escape(gold) + r"(?<!\.[a-z])[.!] ", ours))
     (our_name, ours), (name, gold) = (hit.groups() if hit else ("", text) for hit, text in (
         (NAMED.fullmatch(text), text) for text in (ours, gold)))

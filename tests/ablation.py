@@ -76,6 +76,7 @@ def unfiltered(rows, rng):
 # As near to the paper's words as it can be told. It gives no values: they are ours.
 PAPER = ["--turns", "5", "--credit", "outcome", "--questions-per-step", "4", "--steps", "60",
          "--partial", "independent", "--lr", "2.8e-5", "--beta", "0.04"]
+ALL_BUT_R8 = only(*{*ei.RULES} - {"R8"})
 WARM = "SFT"  # where arms with None in place of their data begin
 ALONE = ["--questions-per-step", "36"]  # as many replies a step as the default's
 ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
@@ -114,8 +115,8 @@ ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
     **{f"{rule} alone": (only(rule), ["--steps", "0"]) for rule in ei.RULES},
     "R8 alone, 14 epochs": (  # as many updates as SFT
         only("R8"), ["--sft-epochs", "14", "--steps", "0"]),
-    "SFT, all but R8": (only(*{*ei.RULES} - {"R8"}), ["--steps", "0"]),
-    "all but R8": (only(*{*ei.RULES} - {"R8"}), [])}
+    "SFT, all but R8": (ALL_BUT_R8, ["--steps", "0"]),
+    "all but R8": (ALL_BUT_R8, [])}
 
 
 # ---------------------------------------------------------------------------------------- the runs
