@@ -29,8 +29,8 @@ places.
 
 Where the paper is silent or ambiguous, we chose:
  1. A partial dialogue is forked from the full one after k' probes, k' uniform on 0..k-1 and drawn
-    once a question (--partial independent: sampled apart). A question with fewer than k probes uses
-    all.
+    once per question (--partial independent: sampled apart). With k = 1 it is the question alone.
+    A question with fewer than k probes uses all.
  2. What a group is: dialogue_advantages. What a reply to a probe is paid for: reply_advantages.
  3. The warm-up also trains on the question, and in dialogues: sft_examples.
  4. Eq. 7 is averaged over all trained tokens of the step. A dialogue whose replies all have
@@ -224,7 +224,7 @@ def reply_advantages(verdicts: list, advantages: Tensor, args) -> list:
     --credit turn     The last reply gets its dialogue's advantage. A reply to a probe is paid for
                       its own answer, normalised over the group's G replies to this probe. Replies
                       that a fork has copied get 0 (they are trained in the full dialogue), but
-                      their KL counts here, too.
+                      count here, too, in the KL and the divisor.
     """
     G, credited = advantages.shape[2], []
     for i, last in enumerate(advantages.flatten(0, 1).tolist()):  # a group, full or partial
@@ -264,7 +264,7 @@ def update(policy, reference, optimizer, dialogues: list, advantages: list, teac
                 sampled = [x for i in members for x in dialogues[i].logps]
                 gap = old_logps[b][mask.bool()] - torch.tensor(sampled, device=policy.device)
                 sampler_gap = max(sampler_gap, gap.abs().max().item())
-            loss, stats = policy_loss(  # with beta 0, kl is that to the policy that sampled
+            loss, stats = policy_loss(  # with beta 0 there is no pi_ref: kl is to old_logps
                 logps, old_logps[b], (ref_logps or old_logps)[b],
                 pad_rows([advantages[i] for i in members], policy.device)[:, 1:], mask,
                 epsilon=args.epsilon, beta=args.beta, n_tokens=n_tokens)
@@ -392,7 +392,8 @@ def reinforce(args, questions: list, tests: dict, device) -> None:
             log_step(args, chat, played, verdicts, credit, paid, metrics)
             bar.set_postfix_str(BAR.format(**metrics))
             if args.eval_every and (step + 1) % args.eval_every == 0:
-                evaluate_checkpoint(args, f"after step {step + 1}", policy.eval(), chat, tests)
+                evaluate_checkpoint(args, f"after step {step + 1}", policy.eval(), chat, tests,
+                                    again=True)
             end_step(args, "ExGRPO", step + 1, args.steps, policy, optimizer)
     if args.steps:
         evaluate_checkpoint(args, f"after step {args.steps}", policy.eval(), chat, tests)
@@ -495,8 +496,8 @@ class Chat:
             date_string="26 Jul 2024"))  # else Llama 3 prints today's, and prompts would change
 
     def _around_reply(self, *user):
-        """What stands before and after a reply to "x" if the next turn is `user`: what two chats
-        with different replies both begin and end with."""
+        """The ids before and after a reply to "x", if the next turn is `user`: the common start
+        and end of two chats that differ in this reply only."""
         one, two = (self._render("x", reply, *user, reply_next=bool(user)) for reply in ("1", "2"))
         before = os.path.commonprefix([one, two])
         after = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
@@ -531,8 +532,8 @@ class Chat:
         return self.tokenizer(f"Question: {user}\nAnswer:").input_ids  # with bos, if it has one
 
     def later(self, user: str) -> list:
-        """The ids between the end token of a reply and the next reply. The template must leave an
-        earlier user turn as it was; it may open a reply otherwise, as by <think>."""
+        """The ids between the end token of a reply and the next reply. The template must leave
+        earlier user turns as they were; it may open the next reply as it likes (<think>)."""
         user = self._clean(user)
         if self.plain:
             return self.encode(f"\n\nQuestion: {user}\nAnswer:")
@@ -801,7 +802,7 @@ def pad_rows(rows: list, device):
 
 
 def head(model, hidden):
-    """Hidden states (N, D) -> logits (N, V) in fp32, soft-capped if the model does so."""
+    """Hidden states (N, D) -> logits (N, V), cast to fp32, soft-capped if the model does so."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
@@ -841,8 +842,8 @@ class PackedTrees(NamedTuple):
 
 def prefix_trees(rows: list, budget: int, width: int) -> list:
     """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
-    joins the tree before it where that costs less than a tree of its own. It saves the shared
-    places, but attention has more pairs of places; one place costs about 3 * width pairs."""
+    joins the tree before it where that costs less than a tree of its own. Sharing
+    saves places but adds attention pairs; a place costs about as much as 3 * width pairs."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
@@ -1381,11 +1382,11 @@ def read_eval(run: str) -> dict:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict) -> None:
+def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict, again=False) -> None:
     """Asks tests, as load_eval() gave them, greedily, and adds the verdicts to OUT/eval.json. What
-    is there already is not asked again."""
+    is there already is kept, but not with again: it is of steps that a kill has undone."""
     table = read_eval(args.out)
-    known = table.setdefault(label, {})
+    known = table[label] = {} if again else table.get(label, {})
     for name, rows in tests.items():
         if name in known:
             continue

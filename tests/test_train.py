@@ -513,8 +513,8 @@ def test_the_table_is_that_of_the_model_in_the_folder(monkeypatch, capsys, tiny,
 
 
 def test_the_table_while_it_trains(monkeypatch, capsys, tiny, tmp_path):
-    """--eval-every: each figure is asked once, also in a run that was killed between a figure and
-    its checkpoint, and all are those of an undisturbed run."""
+    """--eval-every: a figure whose checkpoint was lost in a kill is asked again, of the policy that
+    goes on; no other is, and all are those of an undisturbed run."""
     flags = ["--student", tiny("llama"), *SMALL, "--sft-epochs", 1, "--steps", 5, "--lr", 1e-2,
              "--save-every", 3, "--eval-every", 2, "--eval", questions(tmp_path / "a.jsonl", 3)]
     asked, own_generate, own_end = [], exgrpo.generate, exgrpo.end_step
@@ -529,8 +529,11 @@ def test_the_table_while_it_trains(monkeypatch, capsys, tiny, tmp_path):
     call(monkeypatch, *flags, "--out", tmp_path / "run", expect=2)
     assert len(asked) == 4  # before, after SFT, after steps 2 and 4
     monkeypatch.setattr(exgrpo, "end_step", own_end)
+    table = json.loads((tmp_path / "run" / "eval.json").read_text())
+    table["after step 4"]["a"] = "lost"
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(table))
     call(monkeypatch, *flags, "--out", tmp_path / "run", "--resume")
-    assert len(asked) == 5
+    assert len(asked) == 6
     call(monkeypatch, *flags, "--out", tmp_path / "quiet")
     tables = [json.loads((tmp_path / run / "eval.json").read_text()) for run in ("run", "quiet")]
     assert tables[0] == tables[1]
