@@ -6,7 +6,7 @@
 Below the means stand each arm's differences from --against, paired by seed: mean, 95 % interval and
 p of the t-test. Seeds vary the order, the draws and the samples; all start from one student.
 
-Arms that change neither the data nor the warm-up share one warm-up a seed. A finished run is not
+Arms that start from another arm's model share its run of the same seed. A finished run is not
 repeated: the same command goes on after an interruption, and adds seeds. Other flags go to every
 run of exgrpo.py.
 
@@ -59,60 +59,37 @@ def only(*rules):
     return change
 
 
-def unfiltered(rows, rng):
-    """As many questions and probes as the filters kept, drawn from all that could be read."""
-    kept = [row for row in rows if row["kept"]]
-    n_probes = sum(p["consistent"] for row in kept for p in row["probes"])
-    able, pool = [row for row in rows if row["probes"]], []
-    while len(pool) < n_probes:  # where hardly any was rejected, a draw can hold too few
-        drawn = [able[i] for i in rng.permutation(len(able))[:len(kept)]]
-        pool = [(row["id"], probe["rule"]) for row in drawn for probe in row["probes"]]
-    taken = {pool[i] for i in rng.permutation(len(pool))[:n_probes]}
-    return [row | {"kept": True, "probes": [
-        probe | {"consistent": True} for probe in row["probes"]
-        if (row["id"], probe["rule"]) in taken]} for row in drawn]
-
-
-# As near to the paper's words as it can be told. It gives no values: they are ours.
-PAPER = ["--turns", "5", "--credit", "outcome", "--questions-per-step", "4", "--steps", "60",
-         "--partial", "independent", "--lr", "2.8e-5", "--beta", "0.04"]
 ALL_BUT_R8 = only(*{*ei.RULES} - {"R8"})
-WARM = "SFT"  # where arms with None in place of their data begin
 ALONE = ["--questions-per-step", "36"]  # as many replies a step as the default's
-ARMS = {  # name: (what becomes of D_EI, flags of exgrpo.py)
-    WARM: (as_it_is, ["--steps", "0"]),
-    "ExGRPO": (None, []),
-    "outcome credit": (None, ["--credit", "outcome"]),
-    "GRPO on questions": (None, ["--turns", "0", *ALONE]),
-    "RL (R_outcome)": (None, ["--rl-data", "probes", "--aux-weight", "0", *ALONE]),  # the paper's
-    "RL (R_outcome) + L_aux": (None, ["--rl-data", "probes", *ALONE]),
-    "GRPO on probes and questions": (None, ["--rl-data", "both", *ALONE]),
-    "no bonus": (None, ["--delta", "0"]),
-    "bonus separate": (None, ["--advantage", "separate"]),
-    "bonus pooled": (None, ["--advantage", "pooled"]),
-    "delta 1": (None, ["--delta", "1"]),
-    "independent": (None, ["--partial", "independent"]),
-    "no L_aux": (None, ["--aux-weight", "0"]),
-    "aux 1": (None, ["--aux-weight", "1"]),
-    "L_aux alone": (None, ["--aux-weight", "1000"]),  # Adam rescales: the reward hardly counts
-    "outcome credit, no L_aux": (None, ["--credit", "outcome", "--aux-weight", "0"]),
-    "k = 2": (None, ["--turns", "2", "--questions-per-step", "9"]),
-    "k = 5": (None, ["--turns", "5", "--questions-per-step", "5"]),
-    "k = 5, outcome credit": (
-        None, ["--turns", "5", "--questions-per-step", "5", "--credit", "outcome"]),
-    "the paper's setting": (None, PAPER),
+ARMS = {  # name: (what becomes of D_EI, or the arm whose model it starts from; flags of exgrpo.py)
+    "SFT": (as_it_is, ["--steps", "0"]),
+    "ExGRPO": ("SFT", []),
+    "outcome credit": ("SFT", ["--credit", "outcome"]),
+    "GRPO on questions": ("SFT", ["--turns", "0", *ALONE]),
+    "RL (R_outcome)": ("SFT", ["--rl-data", "probes", "--aux-weight", "0", *ALONE]),  # the paper's
+    "RL (R_outcome) + L_aux": ("SFT", ["--rl-data", "probes", *ALONE]),
+    "no bonus": ("SFT", ["--delta", "0"]),
+    "bonus separate": ("SFT", ["--advantage", "separate"]),
+    "bonus pooled": ("SFT", ["--advantage", "pooled"]),
+    "independent": ("SFT", ["--partial", "independent"]),
+    "no L_aux": ("SFT", ["--aux-weight", "0"]),
+    "L_aux alone": ("SFT", ["--aux-weight", "1000"]),  # Adam rescales: the reward hardly counts
+    "k = 2": ("SFT", ["--turns", "2", "--questions-per-step", "9"]),
+    "k = 5": ("SFT", ["--turns", "5", "--questions-per-step", "5"]),
     "cold start": (as_it_is, ["--sft-epochs", "0", "--aux-weight", "0"]),
     "cold start + L_aux": (as_it_is, ["--sft-epochs", "0"]),
     "10 % of the data": (part(0.10), []),
     "25 % of the data": (part(0.25), []),
     "25 % of the data, 12 epochs": (part(0.25), ["--sft-epochs", "12"]),  # as many updates as SFT
-    "unfiltered probes": (unfiltered, []),
-    "SFT, 25 %, 12 epochs": (part(0.25), ["--sft-epochs", "12", "--steps", "0"]),
     "SFT, forward only": (forward_only, ["--steps", "0"]),
-    "SFT, single turns": (as_it_is, ["--sft-form", "single", "--steps", "0"]),
     "SFT, 13 epochs": (as_it_is, ["--sft-epochs", "13", "--steps", "0"]),
-    # One rule's probes, SFT only, as in the paper.
-    **{f"{rule} alone": (only(rule), ["--steps", "0"]) for rule in ei.RULES},
+    "13 epochs, ExGRPO": ("SFT, 13 epochs", []),
+    "13 epochs, GRPO on questions": ("SFT, 13 epochs", ["--turns", "0", *ALONE]),
+    "13 epochs, no L_aux": ("SFT, 13 epochs", ["--aux-weight", "0"]),
+    "13 epochs, outcome, no L_aux": ("SFT, 13 epochs",
+                                     ["--credit", "outcome", "--aux-weight", "0"]),
+    # One rule's probes, SFT only: the three that the paper names, and the reversal.
+    **{f"{rule} alone": (only(rule), ["--steps", "0"]) for rule in ("R1", "R2", "R8", "R10")},
     "R8 alone, 14 epochs": (  # as many updates as SFT
         only("R8"), ["--sft-epochs", "14", "--steps", "0"]),
     "SFT, all but R8": (ALL_BUT_R8, ["--steps", "0"]),
@@ -134,9 +111,8 @@ def key_of(args, name, seed):
 
 def run(args, name, seed):
     """One arm with one seed -> {file: verdicts, "0110..."} at its end."""
-    change, folder, key = ARMS[name][0], folder_of(args, name, seed), key_of(args, name, seed)
-    probes, result = folder + ".jsonl" if change else args.probes, folder + ".json"
-    start = [] if change else ["--student", folder_of(args, WARM, seed), "--sft-epochs", "0"]
+    origin, folder, key = ARMS[name][0], folder_of(args, name, seed), key_of(args, name, seed)
+    result = folder + ".json"
     if os.path.exists(result):  # the run was finished
         with open(result) as file:
             known = json.load(file)
@@ -145,9 +121,13 @@ def run(args, name, seed):
             raise exgrpo.UserError(f"{folder} was made by another command, or of another D_EI: "
                                    "name another --out")
         return verdicts
-    if change:
+    if origin in ARMS:
+        probes, start = args.probes, ["--student", folder_of(args, origin, seed),
+                                      "--sft-epochs", "0"]
+    else:
+        probes, start = folder + ".jsonl", []
         header, rows = exgrpo.read_probes(args.probes)
-        lines = [{"ei": header}, *change(rows, np.random.default_rng(seed))]
+        lines = [{"ei": header}, *origin(rows, np.random.default_rng(seed))]
         exgrpo.write_whole(probes, b"".join(map(ei.dump, lines)))
     resume = ["--resume"] if os.path.exists(folder) else []
     with open(folder + ".log", "a") as log:
@@ -174,19 +154,18 @@ def read_known(args):
 
 
 def run_all(args):
-    """-> {arm: [{file: verdicts} of each seed]}; warm-ups before the arms that begin from them."""
+    """-> {arm: [{file: verdicts} of each seed]}; first the arms that others start from."""
     found = read_known(args)
     missing = [(arm, seed) for seed in range(args.seeds) for arm in ARMS
                if arm in args.arms and (arm, seed) not in found]
-    warm = [(WARM, seed) for seed in range(args.seeds)
-            if any(ARMS[arm][0] is None for arm, s in missing if s == seed)]
-    for wave in ([job for job in dict.fromkeys(warm + missing) if ARMS[job[0]][0]],
-                 [job for job in missing if not ARMS[job[0]][0]]):
+    origins = [(ARMS[arm][0], seed) for arm, seed in missing if ARMS[arm][0] in ARMS]
+    for wave in ([job for job in dict.fromkeys(origins + missing) if ARMS[job[0]][0] not in ARMS],
+                 [job for job in missing if ARMS[job[0]][0] in ARMS]):
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             jobs = {job: pool.submit(run, args, *job) for job in wave}
         found |= {job: future.result() for job, future in jobs.items()}
     return {arm: [found[arm, seed] for seed in range(args.seeds)] for arm in ARMS
-            if arm in [*args.arms, WARM]
+            if arm in [*args.arms, args.against]
             and all((arm, seed) in found for seed in range(args.seeds))}
 
 
@@ -245,7 +224,7 @@ def main():
     parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="ARM",
                         help=f"one or more of: {'; '.join(ARMS)}; all".replace("%", "%%"))
     parser.add_argument("--known", metavar="FILE", help="results of finished runs, see above")
-    parser.add_argument("--against", choices=ARMS, default=WARM, metavar="ARM",
+    parser.add_argument("--against", choices=ARMS, default="SFT", metavar="ARM",
                         help="the arm that the others are compared with")
     args, args.others = parser.parse_known_args()
     args.arms = args.arms or list(ARMS)

@@ -181,22 +181,25 @@ def test_the_worked_diff_applies_and_changes_the_bonus():
 
 
 def test_the_ablation_tables_are_those_of_the_recorded_runs(monkeypatch, capsys, tmp_path):
-    """toy/README.md shows what ablation.py prints of tests/data/ablation.jsonl, of today's D_EI and
-    flags: a toy that is made again, or an arm that changes, asks for new runs."""
-    runs = os.path.join(ROOT, "tests", "data", "ablation.jsonl")
-    settings = {}  # {(files that were asked, flags of all arms): arms}
-    for _, row in exgrpo.read_jsonl(runs):
-        others = row["flags"][:len(row["flags"]) - len(ablation.ARMS[row["arm"]][1])]
-        settings.setdefault((tuple(row["eval"]), tuple(others)), {})[row["arm"]] = True
-    assert len(settings) == 2  # the default, and the long table's flags
+    """toy/README.md shows what its commands print of tests/data/ablation.jsonl, of today's D_EI and
+    flags: a toy that is made again, or an arm that changes, asks for new runs. All runs are told."""
+    shown, print_tables = set(), ablation.print_tables
+
+    def note(args, found):
+        shown.update((arm, *args.others, *ablation.ARMS[arm][1]) for arm in found)
+        print_tables(args, found)
     monkeypatch.setattr(ablation, "run", None)
-    for (files, others), arms in settings.items():
-        monkeypatch.setattr(sys, "argv", [
-            "ablation.py", "--known", runs, "--out", str(tmp_path), "--arms", *arms, *others,
-            "--eval", *(os.path.join(ROOT, "toy", file) for file in files)])
-        ablation.main()
-        for table in capsys.readouterr().out.strip().split("\n\n"):
-            assert table in PAGES["toy/README.md"]
+    monkeypatch.setattr(ablation, "print_tables", note)
+    monkeypatch.chdir(ROOT)
+    for command in commands(PAGES["toy/README.md"]):
+        if "--known" in command:
+            script, *flags = shlex.split(command)
+            monkeypatch.setattr(sys, "argv", [script, *flags, "--out", str(tmp_path)])
+            ablation.main()
+            for table in capsys.readouterr().out.strip().split("\n\n"):
+                assert table in PAGES["toy/README.md"]
+    recorded = exgrpo.read_jsonl(os.path.join("tests", "data", "ablation.jsonl"))
+    assert shown == {(row["arm"], *row["flags"]) for _, row in recorded}
 
 
 def test_each_known_bug_has_its_tests_and_each_test_file_its_line():
