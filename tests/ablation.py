@@ -69,7 +69,6 @@ ARMS = {  # name: (what becomes of D_EI, or the arm whose model it starts from; 
     "RL (R_outcome)": ("SFT", ["--rl-data", "probes", "--aux-weight", "0", *ALONE]),  # the paper's
     "RL (R_outcome) + L_aux": ("SFT", ["--rl-data", "probes", *ALONE]),
     "no bonus": ("SFT", ["--delta", "0"]),
-    "bonus separate": ("SFT", ["--advantage", "separate"]),
     "bonus pooled": ("SFT", ["--advantage", "pooled"]),
     "independent": ("SFT", ["--partial", "independent"]),
     "no L_aux": ("SFT", ["--aux-weight", "0"]),
