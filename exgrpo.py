@@ -842,8 +842,8 @@ class PackedTrees(NamedTuple):
 
 def prefix_trees(rows: list, budget: int, width: int) -> list:
     """B lists of ids -> trees, lists of (b, path), of at most `budget` places (or one row). A row
-    joins the tree before it where that costs less than a tree of its own. Sharing
-    saves places but adds attention pairs; a place costs about as much as 3 * width pairs."""
+    joins the tree before it where that costs less than a tree of its own. Sharing saves places but
+    adds attention pairs; a place costs about as much as 3 * width pairs."""
     trees, last, path, size = [], [], [], 0
     for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # rows that begin alike are adjacent
         n, shared = len(rows[b]), len(os.path.commonprefix([rows[b], last]))
@@ -1383,8 +1383,8 @@ def read_eval(run: str) -> dict:
 
 
 def evaluate_checkpoint(args, label: str, model, chat: Chat, tests: dict, again=False) -> None:
-    """Asks tests, as load_eval() gave them, greedily, and adds the verdicts to OUT/eval.json. What
-    is there already is kept, but not with again: it is of steps that a kill has undone."""
+    """Asks tests, as load_eval() gave them, greedily, and adds the verdicts to OUT/eval.json.
+    Those already there are kept; again replaces them: a kill has undone the steps they are of."""
     table = read_eval(args.out)
     known = table[label] = {} if again else table.get(label, {})
     for name, rows in tests.items():
